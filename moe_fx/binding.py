@@ -1,0 +1,142 @@
+"""Storage: which tensors of the model hold the expert weights, and how.
+
+A ``WeightBinding`` names, in order, the roles of the op's ``operands``.  It says nothing about values; ``bind`` turns
+operands into ``Experts``: one uniform view, without a copy, from which the reference and the kernels read.
+It prints to one line and parses back, like the spec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Role = Literal["w13", "w1", "w3", "w2", "w13_bias", "w1_bias", "w3_bias", "w2_bias", "norm"]
+Form = Literal["stacked", "list", "flat"]
+Order = Literal["gate_up", "up_gate", "interleaved"]
+GRAMMAR = "bind/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One role.
+
+    form: "stacked" one tensor [E, out, in]; "list" E tensors [out, in]; "flat" one tensor [E*out, in].
+    transposed: the last two sizes are [in, out].
+    order: of the 2I rows of w13 and w13_bias: gate then up, up then gate, or gate and up in turn.
+    Biases are [E, out] ("stacked") or E tensors [out] ("list"); norm is one tensor [H].
+    """
+
+    role: Role
+    form: Form = "stacked"
+    transposed: bool = False
+    order: Order = "gate_up"
+
+    def __str__(self) -> str:
+        return f"{self.role}:{self.form}:{'in_out' if self.transposed else 'out_in'}:{self.order}"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBinding:
+    operands: tuple[Operand, ...]
+
+    def __str__(self) -> str:
+        return " ".join([GRAMMAR, *map(str, self.operands)])
+
+    def role(self, role: Role) -> Operand | None:
+        return next((o for o in self.operands if o.role == role), None)
+
+
+@lru_cache(maxsize=4096)
+def parse_binding(text: str) -> WeightBinding:
+    """The binding that prints as ``text``; ValueError names the part that is wrong."""
+    head, *parts = text.split()
+    if head != GRAMMAR:
+        raise ValueError(f"a binding of grammar {head!r} cannot be read; this version reads {GRAMMAR!r}")
+    operands = []
+    for part in parts:
+        try:
+            role, form, orientation, order = part.split(":")
+        except ValueError:
+            raise ValueError(f"{part!r} is not role:form:orientation:order") from None
+        for value, allowed in ((role, Role), (form, Form), (order, Order)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{value!r} in {part!r} is not one of {', '.join(get_args(allowed))}")
+        operands.append(Operand(role, form, orientation == "in_out", order))  # type: ignore[arg-type]
+    return WeightBinding(tuple(operands))
+
+
+Matrices = Tensor | list[Tensor]  # [E, out, in], or E matrices [out, in]; biases [E, out] or E vectors [out]
+
+
+@dataclass(slots=True)
+class Experts:
+    """Uniform view of the operands: matrices as [out, in], never copied.
+
+    up: one member (w13, or w1 of an ungated expert) or two (gate, up).  bias: as many members, or none.
+    order: of the rows of a single gated member.
+    """
+
+    up: tuple[Matrices, ...]
+    down: Matrices
+    up_bias: tuple[Matrices, ...]
+    down_bias: Matrices | None
+    norm: Tensor | None
+    order: Order
+
+
+def bind(binding: WeightBinding, operands: list[Tensor], experts: int) -> Experts:
+    """operands, in the order of ``binding`` (a "list" role takes E of them) → Experts."""
+    found: dict[str, Matrices] = {}
+    position = 0
+    for operand in binding.operands:
+        count = experts if operand.form == "list" and operand.role != "norm" else 1
+        tensors = operands[position : position + count]
+        position += count
+        found[operand.role] = _uniform(operand, tensors, experts)
+    if position != len(operands):
+        raise ValueError(f"{len(operands)} operands for a binding of {position}: {binding}")
+    up_roles = ("w13",) if "w13" in found else ("w1", "w3") if "w3" in found else ("w1",)
+    norm = found.get("norm")
+    assert norm is None or isinstance(norm, Tensor)
+    first = binding.role(up_roles[0])  # type: ignore[arg-type]
+    return Experts(
+        up=tuple(found[r] for r in up_roles),
+        down=found["w2"],
+        up_bias=tuple(found[f"{r}_bias"] for r in up_roles if f"{r}_bias" in found),
+        down_bias=found.get("w2_bias"),
+        norm=norm,
+        order=first.order if first else "gate_up",
+    )
+
+
+def _uniform(operand: Operand, tensors: list[Tensor], experts: int) -> Matrices:
+    if operand.role == "norm":
+        return tensors[0]
+    if operand.role.endswith("_bias"):
+        return list(tensors) if operand.form == "list" else tensors[0].view(experts, -1)
+    if operand.form == "list":
+        return [t.t() for t in tensors] if operand.transposed else list(tensors)
+    whole = tensors[0]
+    if operand.form == "flat":
+        whole = whole.view(experts, whole.shape[0] // experts, whole.shape[1])
+    return whole.transpose(-2, -1) if operand.transposed else whole
+
+
+def split_gate_up(rows: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+    """[..., 2I] → (gate [..., I], up [..., I]), views."""
+    if order == "interleaved":
+        return rows[..., 0::2], rows[..., 1::2]
+    half = rows.shape[-1] // 2
+    first, second = rows[..., :half], rows[..., half:]
+    return (second, first) if order == "up_gate" else (first, second)
+
+
+def join_gate_up(gate: Tensor, up: Tensor, order: Order) -> Tensor:
+    """Inverse of ``split_gate_up``: a new tensor [..., 2I]."""
+    if order == "interleaved":
+        return torch.stack([gate, up], dim=-1).flatten(-2)
+    return torch.cat([up, gate] if order == "up_gate" else [gate, up], dim=-1)

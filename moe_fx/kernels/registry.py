@@ -1,0 +1,91 @@
+"""The registry of experts kernels: what each can do (closed world) and what it costs.
+
+A kernel is one file with one ``@experts_kernel`` at the definition.  A spec value that its capability does not list is a
+veto; the oracle reads capability and cost from here and adds nothing of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from moe_fx.binding import Experts
+from moe_fx.spec import MoESpec
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """Everything a kernel takes; what is not listed is refused.
+
+    forms: storage forms it reads as they are ("stacked", "list", "flat"; a flat tensor binds as a stacked view).
+    backward: the shared backward of ``kernels/experts/backward.py`` serves it ("shared"), or it is forward only ("").
+    packages: names that must be in ``Device.installed``.
+    """
+
+    devices: frozenset[str]
+    dtypes: frozenset[str]
+    activations: frozenset[str]
+    forms: frozenset[str]
+    biases: bool
+    norms: frozenset[str]
+    weight_on: frozenset[str]
+    act_dtypes: frozenset[str]
+    compute_dtypes: frozenset[str]
+    accumulate: frozenset[str]
+    out_dtypes: frozenset[str]
+    backward: str = "shared"
+    packages: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one forward moves and computes, in shares of the ideal.
+
+    weight_traffic: "active" (only experts that tokens reached), "all" experts, or "per_row" (gathered per routed row).
+    launches(E, T, k): ops launched.  efficiency: share of the device's peak that its products reach, by rows an expert
+    gets (pairs of row count and share, ascending).
+    """
+
+    weight_traffic: str
+    launches: Callable[[object, object, object], object]
+    efficiency: tuple[tuple[int, float], ...] = field(default=((1, 0.5),))
+
+
+class Forward(Protocol):
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """rank: breaks ties of price, lower first."""
+
+    name: str
+    forward: Forward
+    capability: Capability
+    cost: Cost
+    rank: int
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def experts_kernel(name: str, *, capability: Capability, cost: Cost, rank: int) -> Callable[[Forward], Forward]:
+    """Registers the decorated function under ``name``; a second registration of a name is an error."""
+
+    def register(forward: Forward) -> Forward:
+        if name in KERNELS:
+            raise ValueError(f"kernel {name!r} is registered twice")
+        KERNELS[name] = Kernel(name, forward, capability, cost, rank)
+        return forward
+
+    return register
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel of that name; KeyError lists the known ones."""
+    if name not in KERNELS:
+        raise KeyError(f"no kernel {name!r}; known: {', '.join(sorted(KERNELS))}")
+    return KERNELS[name]

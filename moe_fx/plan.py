@@ -1,0 +1,116 @@
+"""Choice: which layout, which kernel for how many tokens, why, and what was vetoed for which reasons.
+
+A plan is frozen and replays from JSON (``Plan.from_json(plan.to_json()) == plan``).  ``Plan.op_string`` is the short
+form that goes into the graph as the op's attribute: only what running needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from moe_fx.reasons import Reject
+
+VERSION = "plan/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """``kernel`` serves t_min <= T <= t_max (None: no upper end)."""
+
+    t_min: int
+    t_max: int | None
+    kernel: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"t_min": self.t_min, "t_max": self.t_max, "kernel": self.kernel}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the oracle thought of one candidate (a kernel over a layout).
+
+    price_us: microseconds of one forward at each T of ``Plan.priced_at``; empty when vetoed.
+    """
+
+    candidate: str
+    status: Literal["chosen", "survived", "vetoed"]
+    reasons: tuple[Reject, ...] = ()
+    price_us: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "candidate": self.candidate,
+            "status": self.status,
+            "reasons": [r.to_json() for r in self.reasons],
+            "price_us": list(self.price_us),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """layout: "view" (the model's own storage), or the name of a packed copy.
+
+    backward: "recompute" the activations, or "save" them in the forward.
+    ranges: cover 1 <= T without gap or overlap.  priced_at: the token counts of the verdicts' prices.
+    """
+
+    layout: str
+    ranges: tuple[Range, ...]
+    backward: Literal["recompute", "save"] = "recompute"
+    priced_at: tuple[int, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+
+    def kernel_for(self, tokens: int) -> str:
+        """Name of the kernel that serves ``tokens`` (0 counts as 1)."""
+        tokens = max(tokens, 1)
+        return next(r.kernel for r in self.ranges if r.t_max is None or tokens <= r.t_max)
+
+    def op_string(self) -> str:
+        ranges = ";".join(f"{r.kernel}:{r.t_min}-{'' if r.t_max is None else r.t_max}" for r in self.ranges)
+        return f"{VERSION} layout={self.layout} ranges={ranges} backward={self.backward}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "layout": self.layout,
+            "ranges": [r.to_json() for r in self.ranges],
+            "backward": self.backward,
+            "priced_at": list(self.priced_at),
+            "verdicts": [v.to_json() for v in self.verdicts],
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Plan:
+        """Inverse of ``to_json``; ValueError for another version."""
+        if data.get("version") != VERSION:
+            raise ValueError(f"plan version {data.get('version')!r} cannot be read; this version reads {VERSION!r}")
+        verdicts = tuple(
+            Verdict(
+                v["candidate"],
+                v["status"],
+                tuple(Reject(**r) for r in v["reasons"]),
+                tuple(v["price_us"]),
+            )
+            for v in data["verdicts"]
+        )
+        ranges = tuple(Range(**r) for r in data["ranges"])
+        return Plan(data["layout"], ranges, data["backward"], tuple(data["priced_at"]), verdicts)
+
+
+@lru_cache(maxsize=4096)
+def parse_plan(text: str) -> Plan:
+    """The plan (without verdicts) whose ``op_string`` is ``text``."""
+    version, *parts = text.split()
+    if version != VERSION:
+        raise ValueError(f"plan version {version!r} cannot be read; this version reads {VERSION!r}")
+    values = dict(part.split("=", 1) for part in parts)
+    ranges = []
+    for piece in values["ranges"].split(";"):
+        kernel, _, span = piece.rpartition(":")
+        low, _, high = span.partition("-")
+        ranges.append(Range(int(low), int(high) if high else None, kernel))
+    backward = values["backward"]
+    assert backward == "recompute" or backward == "save", backward
+    return Plan(values["layout"], tuple(ranges), backward)
