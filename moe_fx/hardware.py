@@ -1,8 +1,26 @@
-"""A device as the oracle sees it: described, so that choices can be made and tested for machines that are not here."""
+"""A device as the oracle sees it: described, so that choices can be made and tested for machines that are not here.
+
+Descriptions live in ``oracle/calibration/*.json``, one a device, each with the source of its numbers; ``detect`` finds
+the one that matches the machine and puts in what can be read from it.  Imports nothing of ours.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CALIBRATION = Path(__file__).parent / "oracle" / "calibration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +46,107 @@ class Device:
     def peak(self, dtype: str) -> float:
         """FLOP/s in ``dtype``; the slowest known peak where it is not listed."""
         return dict(self.peaks).get(dtype, min(p for _, p in self.peaks))
+
+
+@lru_cache(maxsize=1)
+def _calibrations() -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(CALIBRATION.glob("*.json"))}
+
+
+@lru_cache(maxsize=1)
+def catalogue() -> dict[str, Device]:
+    """Every described device, by the name of its file."""
+    return {name: _device(data) for name, data in _calibrations().items()}
+
+
+def _device(data: dict[str, Any]) -> Device:
+    return Device(
+        kind=data["kind"],
+        name=data["name"],
+        arch=data["arch"],
+        memory_bytes=int(data["memory_gib"] * 2**30),
+        bandwidth=data["bandwidth"],
+        peaks=tuple(sorted(data["peaks"].items())),
+        units=data["units"],
+        launch_s=data["launch_s"],
+        installed=frozenset(data["installed"]),
+    )
+
+
+def detect(device: torch.device) -> Device:
+    """This machine's ``device``: name, arch, memory, units and features as found, speeds from the matching calibration.
+
+    A CPU with another thread count than the calibrated one scales peaks with the threads, and bandwidth downwards only.
+    Without a match the numbers are those of the conservative ``generic_*`` file.
+    """
+    if device.type == "cpu":
+        return _detect_cpu()
+    if device.type == "cuda":
+        return _detect_cuda(device)
+    generic = catalogue().get(f"generic_{device.type}", catalogue()["generic_cpu"])
+    return dataclasses.replace(generic, kind=device.type, installed=_installed())
+
+
+def _detect_cpu() -> Device:
+    info, threads = _cpuinfo(), torch.get_num_threads()
+    key = "/".join(info.get(field, "?") for field in ("vendor_id", "cpu family", "model"))
+    found = _closest("cpu", key, threads)
+    share = threads / found.units
+    return dataclasses.replace(
+        found,
+        name=info.get("model name", found.name),
+        arch=_cpu_arch(info.get("flags", info.get("Features", ""))),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        bandwidth=found.bandwidth * min(share, 1.0),
+        peaks=tuple((dtype, peak * share) for dtype, peak in found.peaks),
+        units=threads,
+        installed=_installed(),
+    )
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Fields of the first processor in /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text().split("\n\n", 1)[0]
+    return dict(re.findall(r"^([^\t:]+)\s*: (.*)$", first, re.MULTILINE))
+
+
+def _cpu_arch(flags: str) -> str:
+    """The best instruction set that both the CPU and this torch process (ATEN_CPU_CAPABILITY) have."""
+    allowed, have = torch.backends.cpu.get_cpu_capability(), set(flags.split())
+    if allowed == "AVX512":
+        wide = {"amx": "amx_tile", "avx512_bf16": "avx512_bf16"}
+        return next((arch for arch, flag in wide.items() if flag in have), "avx512")
+    return {"AVX2": "avx2", "DEFAULT": "neon" if "asimd" in have else "default"}.get(allowed, allowed.lower())
+
+
+def _detect_cuda(device: torch.device) -> Device:
+    facts = torch.cuda.get_device_properties(device)
+    kind = "rocm" if torch.version.hip else "cuda"
+    arch = facts.gcnArchName.split(":")[0] if torch.version.hip else f"sm{facts.major}{facts.minor}"
+    return dataclasses.replace(
+        _closest(kind, facts.name, facts.multi_processor_count),
+        name=facts.name,
+        arch=arch,
+        memory_bytes=facts.total_memory,
+        units=facts.multi_processor_count,
+        installed=_installed(),
+    )
+
+
+def _closest(kind: str, key: str, units: int) -> Device:
+    """The calibration of that kind whose ``match`` patterns fit the key; of several the nearest in cores or SMs."""
+    fits = [
+        catalogue()[name]
+        for name, data in _calibrations().items()
+        if data["kind"] == kind and any(fnmatchcase(key, pattern) for pattern in data["match"])
+    ]
+    return min(fits, key=lambda d: abs(math.log(units / d.units)), default=catalogue()[f"generic_{kind}"])
+
+
+def _installed() -> frozenset[str]:
+    """Features of this torch, and packages that can be found (a kernel still checks that it is the one it means)."""
+    features = {"torch.grouped_mm"} if hasattr(torch.nn.functional, "grouped_mm") else set()
+    return frozenset(features | {name for name in ("triton",) if importlib.util.find_spec(name)})

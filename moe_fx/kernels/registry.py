@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,13 +16,23 @@ from moe_fx.binding import Experts
 from moe_fx.spec import MoESpec
 
 
+class Open(frozenset[str]):
+    """A set that lists the values known today and contains any other too: for the reference, which is always legal."""
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class Capability:
     """Everything a kernel takes; what is not listed is refused.
 
+    dtypes: of the weights as stored; x and the routing weights may have any floating dtype.
     forms: storage forms it reads as they are ("stacked", "list", "flat"; a flat tensor binds as a stacked view).
     backward: the shared backward of ``kernels/experts/backward.py`` serves it ("shared"), or it is forward only ("").
     packages: names that must be in ``Device.installed``.
+    gated: which of gated and ungated experts it takes.
+    size_multiple: H and I are multiples of it.  align_bytes: so are H and I times the size of a weight.
     """
 
     devices: frozenset[str]
@@ -38,6 +48,13 @@ class Capability:
     out_dtypes: frozenset[str]
     backward: str = "shared"
     packages: frozenset[str] = frozenset()
+    gated: frozenset[bool] = frozenset({True, False})
+    size_multiple: int = 1
+
+
+def touched(experts: Any, tokens: Any, k: Any) -> Any:
+    """Distinct experts that T tokens reach under uniform routing, E (1 - (1 - k/E)^T); numbers or sympy expressions."""
+    return experts * (1 - (1 - k / experts) ** tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +62,13 @@ class Cost:
     """What one forward moves and computes, in shares of the ideal.
 
     weight_traffic: "active" (only experts that tokens reached), "all" experts, or "per_row" (gathered per routed row).
-    launches(E, T, k): ops launched.  efficiency: share of the device's peak that its products reach, by rows an expert
-    gets (pairs of row count and share, ascending).
+    launches(E, T, k): ops launched, arithmetic in its arguments (the oracle calls it with symbols; ``touched`` counts
+    the rounds of a loop over experts that have tokens).  efficiency: share of the device's peak that its products
+    reach, by rows of one product (pairs of row count and share, ascending).
     """
 
     weight_traffic: str
-    launches: Callable[[object, object, object], object]
+    launches: Callable[[Any, Any, Any], Any]
     efficiency: tuple[tuple[int, float], ...] = field(default=((1, 0.5),))
 
 

@@ -1,0 +1,203 @@
+"""The command line: ``moe_fx explain MODEL``, ``moe_fx zoo``, ``moe_fx doctor`` (also as ``python -m moe_fx``).
+
+Models get random weights and nothing is downloaded.  Exit code 0: done; 1: the zoo found a failure; 2: bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moe_fx.reasons import MoEFxError
+
+PACKAGES = ("torch", "transformers", "triton", "torch-tensorrt", "sympy", "rich")
+# private names that capture and verification build on: module, attribute path, what it serves
+HOOKS = (
+    ("torch", "_TorchCompileWrapper", "knowing which backend a frame is compiled for"),
+    ("torch._dynamo.repro.after_dynamo", "WrapBackendDebug", "knowing which backend a frame is compiled for"),
+    ("torch._dynamo.symbolic_convert", "InliningInstructionTranslator.inline_call", "loops of any module"),
+    ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", "retrying a frame"),
+    ("torch._functorch.config", "fake_tensor_propagate_real_tensors", "capturing data-dependent loops"),
+    ("torch._functorch.aot_autograd", "aot_export_module", "canonical form of a region"),
+    ("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS", "expert loops of transformers models"),
+)
+
+
+class UsageError(MoEFxError, ValueError):
+    """The command line names something that does not exist or cannot be built here."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses ``argv`` (sys.argv by default) and runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="moe_fx", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    explain = commands.add_parser("explain", help="what would be fused in a model, and why not the rest")
+    explain.add_argument("model", help="a transformers model type, a config (folder or .json), or module:callable")
+    explain.add_argument("--implementation", help="experts implementation of transformers: eager, batched_mm, …")
+    explain.add_argument("--dtype", default="bfloat16", help="dtype of the weights (bfloat16)")
+    explain.add_argument("--layers", type=int, help="number of layers, to shrink a model")
+    explain.add_argument("--tokens", type=int, default=8, help="length of the sampled input (8)")
+    explain.add_argument("--options", type=json.loads, default={}, help="options of moe_fx as JSON")
+    explain.add_argument("--json", action="store_true", help="print the report as JSON")
+    explain.set_defaults(run=_explain)
+
+    zoo = commands.add_parser("zoo", help="the table of Hugging Face families × implementations (from a checkout)")
+    zoo.add_argument("families", nargs="*", help="families to run (all)")
+    zoo.add_argument("--implementation", action="append", help="only these implementations")
+    zoo.set_defaults(run=_zoo)
+
+    commands.add_parser("doctor", help="versions, device, kernels, private hooks").set_defaults(run=_doctor)
+
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except MoEFxError as error:
+        print(f"moe_fx: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from rich import print as rich_print
+
+    import moe_fx
+
+    model, inputs, keywords = _model(args)
+    report = moe_fx.explain(model, *inputs, options=args.options, **keywords)
+    if args.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        rich_print(report)
+    return 0
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(model, args, kwargs) of one forward, by the user's callable or from a transformers configuration."""
+    module, colon, name = args.model.partition(":")
+    if colon and not Path(args.model).exists():
+        sys.path.insert(0, "")  # as `python -m` does: the user's module may lie in the working directory
+        try:
+            build = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"{args.model!r} cannot be imported: {error}") from error
+        model, inputs, keywords = build()
+        return model, tuple(inputs), dict(keywords)
+
+    import torch
+
+    from moe_fx.hardware import detect
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("explaining a model type needs transformers: pip install 'transformers>=5.17'") from error
+    config = _config(args.model, transformers)
+    dtype = getattr(torch, args.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"--dtype {args.dtype!r} is not a torch dtype; try bfloat16 or float32")
+    text = config.get_text_config()
+    if args.layers is not None:
+        _shrink(text, args.layers)
+    if args.implementation is not None:
+        config._experts_implementation = args.implementation
+    with torch.device("meta"):
+        size = sum(p.numel() for p in _instantiate(transformers, config, dtype).parameters()) * dtype.itemsize
+    if size > (limit := detect(torch.device("cpu")).memory_bytes):
+        need, have = f"{size / 2**30:.0f} GiB", f"{limit / 2**30:.0f} GiB"
+        raise UsageError(f"{args.model} takes {need} and this machine has {have}; shrink it with --layers N")
+    torch.manual_seed(0)
+    model = _instantiate(transformers, config, dtype).eval()
+    return model, (), {"input_ids": torch.randint(0, text.vocab_size, (1, args.tokens)), "use_cache": False}
+
+
+def _config(name: str, transformers: Any) -> Any:
+    """The configuration of a model type, a config.json, or a folder that holds one."""
+    path = Path(name)
+    if path.exists():
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        return transformers.AutoConfig.for_model(name)
+    except ValueError as error:
+        advice = "use a model_type of transformers, a path, or module:callable"
+        raise UsageError(f"{name!r} is no known model type and no path; {advice}") from error
+
+
+def _shrink(config: Any, layers: int) -> None:
+    """Keeps ``layers`` layers, in every field that lists one entry a layer too."""
+    before = config.num_hidden_layers
+    for field, value in config.to_dict().items():
+        if isinstance(value, (list, tuple)) and len(value) == before:
+            setattr(config, field, type(value)(value[:layers]))
+    config.num_hidden_layers = layers
+
+
+def _instantiate(transformers: Any, config: Any, dtype: Any) -> Any:
+    try:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        advice = "write a callable that returns (model, args, kwargs) and pass module:callable"
+        raise UsageError(f"{config.model_type} is no causal language model; {advice}") from error
+
+
+def _zoo(args: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "tests" / "zoo" / "run.py").exists():
+        raise UsageError("the zoo is part of the source checkout, not of the installed package: run it from a checkout")
+    sys.path.insert(0, str(root))
+    run = importlib.import_module("tests.zoo.run")
+    return int(run.main(args.families, args.implementation))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import torch
+
+    import moe_fx.kernels.experts  # noqa: F401  registers the built-in kernels
+    from moe_fx.hardware import detect
+    from moe_fx.kernels.registry import KERNELS
+
+    print(f"python {sys.version.split()[0]}, moe_fx {_version('moe_fx')}")
+    for package in PACKAGES:
+        print(f"  {package:15} {_version(package)}")
+    device = detect(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"device: {device.name} ({device.kind}, {device.arch}, {device.units} units)")
+    peaks = ", ".join(f"{dtype} {peak / 1e12:.3g} TFLOP/s" for dtype, peak in device.peaks)
+    print(f"  {device.memory_bytes / 2**30:.0f} GiB at {device.bandwidth / 1e9:.0f} GB/s; {peaks}")
+    print("kernels:")
+    for kernel in sorted(KERNELS.values(), key=lambda k: (k.rank, k.name)):
+        capability, reasons = kernel.capability, []
+        if device.kind not in capability.devices:
+            reasons.append(f"runs on {', '.join(sorted(capability.devices))}")
+        if missing := capability.packages - device.installed:
+            reasons.append(f"needs {', '.join(sorted(missing))}")
+        print(f"  {kernel.name:20} " + ("vetoed: " + "; ".join(reasons) if reasons else "available"))
+    print("private hooks:")
+    for module, path, purpose in HOOKS:
+        print(f"  {'found  ' if _found(module, path) else 'MISSING'} {module}.{path}: {purpose}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _found(module: str, path: str) -> bool:
+    """Whether ``module`` can be imported and holds the attribute path."""
+    try:
+        value: Any = importlib.import_module(module)
+        for name in path.split("."):
+            value = getattr(value, name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

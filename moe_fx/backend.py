@@ -1,0 +1,278 @@
+"""The pipeline: CAPTURE → FIND → MATCH → PLAN → VERIFY → REWRITE → the inner backend.
+
+``moe_fx`` is the entry point of ``torch.compile(model, backend="moe_fx")``.  Each stage that fails on a block leaves that
+block as it was, with a warning and a report entry; ``strict=True`` raises instead.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+import moe_fx.kernels.experts  # noqa: F401  registers the built-in kernels
+from moe_fx import ops
+from moe_fx.dump import Dump
+from moe_fx.hardware import Device, detect
+from moe_fx.kernels.registry import KERNELS
+from moe_fx.lowerings.dispatch import Dispatch
+from moe_fx.lowerings.inner import compile_inner
+from moe_fx.options import Options, disabled, resolve
+from moe_fx.oracle import Request, choose
+from moe_fx.passes.capture import hooks, hugging_face  # noqa: F401  registers its substitute
+from moe_fx.passes.fingerprint import fingerprint
+from moe_fx.passes.isolation import isolated
+from moe_fx.passes.match import Proposal, propose
+from moe_fx.passes.regions import Region, describe, find_regions, graph_parts
+from moe_fx.passes.rewrite import rewrite
+from moe_fx.passes.sampling import Sampler, id_range
+from moe_fx.passes.verify import verify
+from moe_fx.plan import Plan
+from moe_fx.reasons import MoEFxError, MoEFxInternalError, MoEFxWarning, Reject
+from moe_fx.report import RECORDER, Site
+
+ops.install(Dispatch())
+
+
+def moe_fx(
+    gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """A Dynamo backend.  Raises MoEFxOptionError (inside BackendCompilerFailed) for bad options."""
+    settings = resolve(options, mode)
+    if disabled():
+        return compile_inner(gm, example_inputs, settings)
+    started = time.perf_counter()
+    RECORDER.begin(_wrapper())
+    dump = Dump.open(settings.dump_dir)
+    dump.graph("captured", gm)
+    sites = _Graph(gm, example_inputs, settings, dump).fuse()
+    dump.graph("rewritten", gm)
+    for site in sites:
+        RECORDER.add(site)
+    RECORDER.graph(time.perf_counter() - started)
+    dump.report(RECORDER.snapshot())
+    return compile_inner(gm, example_inputs, settings)
+
+
+hooks.install(moe_fx)
+
+
+def _wrapper() -> object:
+    """The torch.compile wrapper that asks: it is the caller, and the only identity that all its graphs share."""
+    frame = sys._getframe(2)
+    return frame.f_locals.get("self") if frame is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What is known of all regions of one fingerprint.  operands: positions in ``Region.inputs``."""
+
+    proposal: Proposal | None
+    plan: Plan | None
+    operands: tuple[int, ...] = ()
+    rejects: tuple[Reject, ...] = ()
+
+
+_VERDICTS: dict[str, _Verdict] = {}
+
+
+class _Graph:
+    """One Dynamo graph on its way through the stages."""
+
+    def __init__(self, gm: GraphModule, example_inputs: list[Any], options: Options, dump: Dump):
+        self.gm, self.inputs, self.options, self.dump = gm, example_inputs, options, dump
+        self.seconds: dict[str, float] = {}
+
+    def fuse(self) -> list[Site]:
+        sites: list[Site] = []
+        accepted: list[tuple[Graph, Region, Proposal, Plan, int]] = []
+        with self._stage("capture") as failed:
+            sites += [self._left(None, fqn, rejects) for fqn, rejects in hooks.drain()]
+        with self._stage("find") as failed:
+            for graph, weights, buffers in graph_parts(self.gm, self.inputs):
+                found = find_regions(graph, weights)
+                for node, rejects in found.rejects:
+                    sites.append(self._left(node, _fqn(node), tuple(rejects)))
+                for region in found.regions:
+                    verdict = self._judge(region, buffers)
+                    if verdict.proposal is None or verdict.plan is None:
+                        sites.append(self._left(region.down.uses[0], _fqn(region.down.uses[0]), verdict.rejects))
+                        continue
+                    proposal = replace(verdict.proposal, operands=tuple(region.inputs[i] for i in verdict.operands))
+                    accepted.append((graph, region, proposal, verdict.plan, len(sites)))
+                    sites.append(self._fused(region, proposal, verdict.plan))
+        if failed:
+            sites.append(self._left(None, "", tuple(failed)))
+        self._rewrite(accepted, sites)
+        return [replace(s, seconds=tuple(self.seconds.items())) for s in sites]
+
+    def _judge(self, region: Region, buffers: dict[Node, Tensor]) -> _Verdict:
+        """MATCH, PLAN and VERIFY, once per fingerprint."""
+        bounds = id_range(region.ids, buffers)
+        training = torch.is_grad_enabled() and any(
+            t.requires_grad for n in region.inputs if isinstance(t := n.meta.get("example_value"), Tensor)
+        )
+        with self._stage("match") as failed:
+            key = fingerprint(region, bounds, training, self.options)
+            if self.options.verify != "always" and key in _VERDICTS:
+                return _VERDICTS[key]
+        if not failed:
+            verdict = self._decide(region, bounds, training, failed, key)
+            if not failed:
+                _VERDICTS[key] = verdict
+                return verdict
+        return _Verdict(None, None, rejects=tuple(failed))
+
+    def _decide(
+        self, region: Region, bounds: Any, training: bool, failed: list[Reject], key: str
+    ) -> _Verdict:
+        rejects: list[Reject] = []
+        proposals: list[Proposal] = []
+        with self._stage("match", failed), isolated():
+            result = propose(region, Sampler(region, bounds))
+            if isinstance(result, Reject):
+                rejects.append(result)
+            else:
+                proposals = result
+        for proposal in proposals:
+            plan: Plan | None = None
+            with self._stage("plan", failed):
+                plan = self._plan(region, proposal, training)
+            if plan is None:
+                break
+            with self._stage("verify", failed), isolated():
+                reject = self._verify(region, proposal, plan, bounds, training)
+                if reject is None:
+                    positions = tuple(region.inputs.index(n) for n in proposal.operands)
+                    self.dump.region(key, region, proposal, plan)
+                    return _Verdict(proposal, plan, positions)
+                rejects.append(reject)
+        return _Verdict(None, None, rejects=tuple(dict.fromkeys(rejects)))
+
+    def _plan(self, region: Region, proposal: Proposal, training: bool) -> Plan:
+        x, w = (n.meta["example_value"] for n in (region.x, region.down.params[0]))
+        request = Request(
+            dtype=str(x.dtype).removeprefix("torch."),
+            weight_dtype=str(w.dtype).removeprefix("torch."),
+            training=training,
+            kernel=self.options.kernel,
+            layout=self.options.layout,
+            memory=self.options.memory,
+            policy=self.options.policy,
+        )
+        return choose(proposal.spec, proposal.binding, request, _device(w.device), KERNELS)
+
+    def _verify(self, region: Region, proposal: Proposal, plan: Plan, bounds: Any, training: bool) -> Reject | None:
+        if self.options.verify == "off":
+            return None
+
+        def fused(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], proposal: Proposal) -> Tensor:
+            attrs = (str(proposal.spec), str(proposal.binding), plan.op_string())
+            return torch.ops.moe_fx.experts(x, ids, weights, operands, *attrs)
+
+        return verify(region, proposal, Sampler(region, bounds, seed=1), training, fused)
+
+    def _rewrite(self, accepted: list[tuple[Graph, Region, Proposal, Plan, int]], sites: list[Site]) -> None:
+        """Last block first, so that no region refers to a node that another rewrite replaced."""
+        for graph, region, proposal, plan, index in reversed(accepted):
+            where = region.down.uses[0]
+            fqn = sites[index].fqn
+            with self._stage("rewrite") as failed:
+                rewrite(graph, region, proposal, plan.op_string())
+            if failed:
+                sites[index] = self._left(where if where in graph.nodes else None, fqn, tuple(failed))
+        if accepted:
+            with self._stage("rewrite"):
+                for graph in {id(g): g for g, *_ in accepted}.values():
+                    graph.lint()
+                    graph.owning_module.recompile()
+
+    def _fused(self, region: Region, proposal: Proposal, plan: Plan) -> Site:
+        node = region.down.uses[0]
+        return Site(
+            fqn=_fqn(node),
+            fused=True,
+            spec=proposal.spec,
+            binding=str(proposal.binding),
+            plan=plan,
+            rejects=(),
+            source=_source(node),
+            graph=RECORDER.graphs,
+            replaced=len(region.nodes),
+            note="unverified" if self.options.verify == "off" else "",
+            seconds=(),
+        )
+
+    def _left(self, node: Node | None, fqn: str, rejects: tuple[Reject, ...]) -> Site:
+        source = "" if node is None else _source(node)
+        note = "" if node is None else describe(node)
+        return Site(fqn, False, None, "", None, tuple(rejects), source, RECORDER.graphs, 0, note, ())
+
+    @contextmanager
+    def _stage(self, name: str, failed: list[Reject] | None = None) -> Iterator[list[Reject]]:
+        """Times a stage; turns any failure of ours into a Reject in the yielded list and a warning, or raises if strict.
+
+        Everything is caught because an exception of FakeTensor that leaves a backend is a silent graph break.
+        """
+        failed = [] if failed is None else failed
+        started = time.perf_counter()
+        try:
+            yield failed
+        except MoEFxError:
+            raise
+        except Exception as error:
+            text = f"{name}: {type(error).__name__}: {error}"
+            if self.options.strict:
+                raise MoEFxInternalError(f"moe_fx failed in stage {text}") from error
+            failed.append(Reject("internal", text, name))
+            warnings.warn(f"moe_fx left a block as it was; stage {text}", MoEFxWarning, stacklevel=2)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+_DEVICES: dict[str, Device] = {}
+
+
+def _device(device: torch.device) -> Device:
+    key = str(device)
+    if key not in _DEVICES:
+        _DEVICES[key] = detect(device)
+    return _DEVICES[key]
+
+
+def _fqn(node: Node) -> str:
+    """Dotted name of the innermost module that the node's code belongs to."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return node.name
+    path = str(stack[-1][0]).replace("L['self']", "").replace("L['fn']", "").lstrip(".")
+    for mark in ("._modules['", "']", '["', "_modules['"):
+        path = path.replace(mark, "." if mark.endswith(("['", '["')) else "")
+    return path.strip(".") or "(root)"
+
+
+def _source(node: Node) -> str:
+    """file:line of the innermost frame, and its code."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").strip().splitlines()]
+    files = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not files:
+        return ""
+    parts = lines[files[-1]].split('"')
+    number = lines[files[-1]].split("line ")[-1].split(",")[0]
+    code = lines[files[-1] + 1] if files[-1] + 1 < len(lines) else ""
+    return f"{parts[1]}:{number} {code}"
+
+
+def reset() -> None:
+    """Forgets every report, verdict and device description; compiled code stays valid."""
+    _VERDICTS.clear()
+    _DEVICES.clear()
+    RECORDER.reset()

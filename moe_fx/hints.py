@@ -1,0 +1,36 @@
+"""What a user can do about each reason code of ``moe_fx.reasons``; docs/troubleshooting.md says it at length."""
+
+from __future__ import annotations
+
+HINTS: dict[str, str] = {
+    "find.no_routing": "pass the router's top-k indices, not a dense mask, to the experts",
+    "find.no_exit": "combine the experts' results into one tensor before anything else reads them",
+    "find.escape": "do not return or keep values from between the two projections (hooks, debugging outputs)",
+    "find.inputs": "let the experts read one hidden-states tensor and one routing-weights tensor",
+    "find.effect": "move counters, dropout and communication out of the experts' code",
+    "find.autocast": "enter and leave autocast or no_grad around the whole block",
+    "match.products": "write an expert as down(act(up(x))), or add an idiom (docs/idioms.md)",
+    "match.activation": "add the activation to moe_fx/reference/activations.py",
+    "match.shapes": "check the expert weights: w13 is [E, 2I, H], w2 is [E, H, I], or their transposes",
+    "match.weights": "use plain float16, bfloat16, float32 or float64 parameters",
+    "verify.values": "the proposal was wrong and was dropped: please report the block",
+    "verify.gradients": "the proposal was wrong and was dropped: please report the block",
+    "verify.rounding": "the original computes part of the block in a wider dtype: please report the block",
+    "verify.run": "the message says what the block needs that samples do not have",
+    "verify.memory": 'verify one layer on its own, or pass verify="off" for a model that you have checked',
+    "veto.device": "another kernel serves this device; nothing to do unless none does",
+    "veto.dtype": "cast the model to a dtype that the kernel lists",
+    "veto.activation": "another kernel serves this activation; nothing to do unless none does",
+    "veto.bias": "another kernel serves biases; nothing to do unless none does",
+    "veto.norm": "another kernel serves expert norms; nothing to do unless none does",
+    "veto.combine": "another kernel serves this combination; nothing to do unless none does",
+    "veto.storage": 'pass memory="copy" (or "replace") to allow a packed copy of the weights',
+    "veto.shape": "pad the sizes to what the kernel lists, or leave it to another kernel",
+    "veto.training": "call the model under torch.no_grad(), or freeze the weights, if no gradient is wanted",
+    "veto.package": "install the package that the reason names",
+    "veto.request": "drop the option kernel= or layout= to let the oracle choose",
+    "veto.spec": "another kernel serves this value; nothing to do unless none does",
+    "internal": "pass strict=True to see the error with its traceback, and report it",
+    "capture.untrusted": "choose a traceable experts implementation, or report the loop",
+    "capture.unavailable": "install versions of torch and transformers that `python -m moe_fx doctor` accepts",
+}

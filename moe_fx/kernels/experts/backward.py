@@ -1,0 +1,159 @@
+"""The backward that all PyTorch experts kernels share: active experts only, activations recomputed.
+
+Formulas of ``moe_fx.reference.experts_backward``.  With the routing weight on the output and no norm, dweights is taken
+between the projections: <dy, W2 h + b2> = <W2' dy, h> + <dy, b2>, which saves the down product of the recomputation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fx.binding import Experts, join_gate_up
+from moe_fx.kernels.experts.rows import (
+    SortedRows,
+    activate,
+    combine,
+    compute_dtype,
+    gate_and_up,
+    gather_rows,
+    inside,
+    sort_rows,
+)
+from moe_fx.reference.activations import activation
+from moe_fx.reference.experts import _norm, _norm_backward
+from moe_fx.spec import MoESpec
+
+
+def experts_backward(
+    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, grads: Experts | None
+) -> tuple[Tensor, Tensor]:
+    """dy [T, H] → (dx [T, H], dweights [T, k]), in the dtypes of x and weights.
+
+    Weight gradients are written into ``grads``: zeros when this is called, viewed exactly as ``experts`` views the
+    weights.  None: the weights are frozen and no product is spent on them.
+    """
+    rows = sort_rows(ids, spec.expert.experts)
+    if not rows.used:
+        return torch.zeros_like(x), torch.zeros_like(weights)
+    job = _Job(dy, x, weights, experts, spec, grads, rows)
+    for expert, start, stop in rows.segments:
+        job.expert(expert, start, stop)
+    if rows.used < ids.numel():
+        job.drows[rows.used :].zero_()
+        job.dweights[rows.used :].zero_()
+    places = rows.places(ids.shape[1])
+    on_input = spec.combine.weight_on == "input"
+    if on_input and rows.used < ids.numel():
+        weights = weights.masked_fill(~inside(ids, spec.expert.experts), 0)
+    dx = combine(job.drows, places, weights if on_input else None, x.dtype)
+    return dx.to(x.dtype), job.dweights[places].to(weights.dtype)
+
+
+class _Job:
+    """One backward: the inputs, and what each expert adds (drows [S, H], dweights [S] in order of expert)."""
+
+    def __init__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        experts: Experts,
+        spec: MoESpec,
+        grads: Experts | None,
+        rows: SortedRows,
+    ) -> None:
+        self.dy, self.x, self.weights, self.experts, self.spec, self.grads = dy, x, weights, experts, spec, grads
+        self.order = rows.order
+        self.dtype = compute_dtype(experts, spec.expert)
+        size = (rows.order.numel(), x.shape[1])
+        self.drows = torch.empty(size, dtype=self.dtype, device=x.device)
+        wide = torch.promote_types(torch.promote_types(self.dtype, weights.dtype), torch.float32)
+        self.dweights = torch.empty(size[0], dtype=wide, device=x.device)
+
+    def expert(self, e: int, start: int, stop: int) -> None:
+        """Rows start … stop of expert ``e``: their gradients, and the gradients of its weights."""
+        spec, experts, wide = self.spec.expert, self.experts, self.dweights.dtype
+        flat = self.order[start:stop]
+        token = flat // self.weights.shape[1]
+        inputs = gather_rows(self.x, self.weights, flat, self.spec, self.dtype)
+        up = self._up(inputs, e)
+        hidden = activate(up, experts, spec)
+        down = experts.down[e].to(self.dtype)
+        dout = self.dy.index_select(0, token)
+        on_input = self.spec.combine.weight_on == "input"
+        w = self.weights.reshape(-1).index_select(0, flat).unsqueeze(1)
+        if on_input or spec.norm:
+            if spec.norm:
+                dout = self._norm(hidden @ down.t(), dout, w, e, start, stop)
+            dout = dout.to(self.dtype)
+            dhidden = dout @ down
+        else:
+            dhidden = dout.to(self.dtype) @ down
+            dw = (dhidden.to(wide) * hidden).sum(-1)
+            if experts.down_bias is not None:
+                dw += (dout.to(wide) * experts.down_bias[e].to(self.dtype)).sum(-1)
+            self.dweights[start:stop] = dw
+            dout = (dout * w).to(self.dtype)
+            dhidden = (dhidden * w).to(self.dtype)
+        dups = self._activation(up, dhidden)
+        if self.grads is not None:
+            self._write(self.grads, e, dout, hidden, dups, inputs)
+        drows = self.drows[start:stop]
+        torch.mm(dups[0], experts.up[0][e].to(self.dtype), out=drows)
+        if len(dups) == 2:
+            drows.addmm_(dups[1], experts.up[1][e].to(self.dtype))
+        if on_input:
+            self.dweights[start:stop] = (drows.to(wide) * self.x.index_select(0, token)).sum(-1)
+
+    def _up(self, inputs: Tensor, e: int) -> list[Tensor]:
+        up = [inputs @ matrices[e].to(self.dtype).t() for matrices in self.experts.up]
+        for result, biases in zip(up, self.experts.up_bias, strict=False):
+            result += biases[e].to(self.dtype)
+        return up
+
+    def _norm(self, out: Tensor, dout: Tensor, w: Tensor, e: int, start: int, stop: int) -> Tensor:
+        """Through the routing weight (where it is on the output) and the norm: gradient of the down projection."""
+        spec, experts = self.spec.expert, self.experts
+        assert experts.norm is not None
+        if experts.down_bias is not None:
+            out += experts.down_bias[e].to(self.dtype)
+        if self.spec.combine.weight_on == "output":
+            normed = _norm(out, experts.norm, spec)
+            self.dweights[start:stop] = (dout.to(self.dweights.dtype) * normed).sum(-1)
+            dout = dout * w
+        dout, dnorm = _norm_backward(dout.to(self.dtype), out, experts.norm, spec)
+        if self.grads is not None:
+            assert self.grads.norm is not None
+            self.grads.norm += dnorm.to(self.grads.norm.dtype)
+        return dout
+
+    def _activation(self, up: list[Tensor], dhidden: Tensor) -> list[Tensor]:
+        """Gradients of the up products, one per member of ``experts.up``."""
+        spec = self.spec.expert
+        gate, second = gate_and_up(up, self.experts, spec)
+        dgate, dup = activation(spec.act, spec.gated).backward(dhidden.to(gate.dtype), gate, second, *spec.act_params)
+        if dup is None:
+            dups = [dgate]
+        else:
+            dups = [dgate, dup] if len(up) == 2 else [join_gate_up(dgate, dup, self.experts.order)]
+        return [d.to(self.dtype) for d in dups]
+
+    def _write(self, grads: Experts, e: int, dout: Tensor, hidden: Tensor, dups: list[Tensor], inputs: Tensor) -> None:
+        _write_product(grads.down[e], dout, hidden)
+        if grads.down_bias is not None:
+            grads.down_bias[e].copy_(dout.sum(0))
+        for dmatrix, d in zip(grads.up, dups, strict=True):
+            _write_product(dmatrix[e], d, inputs)
+        for dbias, d in zip(grads.up_bias, dups, strict=False):
+            dbias[e].copy_(d.sum(0))
+
+
+def _write_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """target [out, in] = left' right, without a temporary where the dtypes agree."""
+    if target.dtype != left.dtype:
+        target.copy_(left.t() @ right)
+    elif target.stride(-1) == 1:
+        torch.mm(left.t(), right, out=target)
+    else:
+        torch.mm(right.t(), left, out=target.t())

@@ -1,0 +1,64 @@
+"""A handful of rows: copy the weights that each row needs and multiply in one batch.  No sort, no host synchronisation.
+
+Meant for a GPU that decodes one token, where launches and synchronisations cost more than the copy.  On a CPU
+``sorted_loop`` reads the same weights in place and always wins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_fx.binding import Experts, Matrices
+from moe_fx.kernels.experts.reference import ALL
+from moe_fx.kernels.experts.rows import activate, compute_dtype, empty_result, finish, gather_rows, inside
+from moe_fx.kernels.registry import Cost, experts_kernel
+from moe_fx.reference.experts import _norm
+from moe_fx.spec import MoESpec
+
+CHUNK = 32  # rows whose weights are copied at a time: bounds the memory
+
+
+@experts_kernel(
+    "gather_bmm",
+    capability=replace(ALL, forms=frozenset({"stacked", "flat"})),
+    cost=Cost("per_row", lambda E, T, k: 20, ((1, 0.002),)),
+    rank=40,
+)
+def gather_bmm(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:
+    """x [T, H], ids [T, k], weights [T, k], stacked weights → y [T, H].  Runs below autograd."""
+    if not ids.numel():
+        return empty_result(x, spec)
+    valid = inside(ids, spec.expert.experts)
+    expert = ids.where(valid, 0).reshape(-1)
+    flat = torch.arange(ids.numel(), device=ids.device)
+    dtype = compute_dtype(experts, spec.expert)
+    chunks = zip(flat.split(CHUNK), expert.split(CHUNK), strict=True)
+    out = torch.cat([_rows(gather_rows(x, weights, rows, spec, dtype), es, experts, spec) for rows, es in chunks])
+    out.masked_fill_(~valid.reshape(-1, 1), 0)
+    return finish(out, flat.view(ids.shape), weights.masked_fill(~valid, 0), spec, x.dtype)
+
+
+def _rows(inputs: Tensor, expert: Tensor, experts: Experts, spec: MoESpec) -> Tensor:
+    """inputs [n, H], each through its own expert [n] → [n, H]."""
+    up = [_product(inputs, matrices, expert) for matrices in experts.up]
+    for result, biases in zip(up, experts.up_bias, strict=False):
+        result += _pick(biases, expert, result.dtype)
+    out = _product(activate(up, experts, spec.expert), experts.down, expert)
+    if experts.down_bias is not None:
+        out += _pick(experts.down_bias, expert, out.dtype)
+    return _norm(out, experts.norm, spec.expert)
+
+
+def _product(inputs: Tensor, matrices: Matrices, expert: Tensor) -> Tensor:
+    return torch.bmm(_pick(matrices, expert, inputs.dtype), inputs.unsqueeze(2)).squeeze(2)
+
+
+def _pick(stacked: Matrices, expert: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrices or vectors of each row's expert, copied in the order in which they lie in memory."""
+    assert isinstance(stacked, Tensor)
+    if stacked.dim() == 3 and stacked.stride(2) != 1:
+        return stacked.transpose(1, 2).index_select(0, expert).to(dtype).transpose(1, 2)
+    return stacked.index_select(0, expert).to(dtype)

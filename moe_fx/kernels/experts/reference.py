@@ -1,0 +1,52 @@
+"""The reference as a kernel: always legal, never fast.  What every other kernel is compared with."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import Tensor
+
+from moe_fx.binding import Experts, Form
+from moe_fx.kernels.registry import Capability, Cost, Open, experts_kernel
+from moe_fx.reference import ACTIVATIONS, experts_forward
+from moe_fx.spec import DTypeName, MoESpec, Norm
+
+DTYPES = frozenset(get_args(DTypeName)) - {""}
+DEVICES = frozenset({"cpu", "cuda", "rocm", "xpu"})
+ALL = Capability(
+    devices=DEVICES,
+    dtypes=DTYPES,
+    activations=frozenset(name for name, _ in ACTIVATIONS),
+    forms=frozenset(get_args(Form)),
+    biases=True,
+    norms=frozenset(get_args(Norm)),
+    weight_on=frozenset({"output", "input"}),
+    act_dtypes=DTYPES | {""},
+    compute_dtypes=DTYPES | {""},
+    accumulate=DTYPES | {""},
+    out_dtypes=DTYPES | {""},
+)
+ANYTHING = Capability(
+    devices=Open(ALL.devices),
+    dtypes=Open(ALL.dtypes),
+    activations=Open(ALL.activations),
+    forms=Open(ALL.forms),
+    biases=True,
+    norms=Open(ALL.norms),
+    weight_on=Open(ALL.weight_on),
+    act_dtypes=Open(ALL.act_dtypes),
+    compute_dtypes=Open(ALL.compute_dtypes),
+    accumulate=Open(ALL.accumulate),
+    out_dtypes=Open(ALL.out_dtypes),
+)
+
+
+@experts_kernel(
+    "reference",
+    capability=ANYTHING,
+    cost=Cost("active", lambda E, T, k: 16 * E, ((1, 0.02), (1024, 0.5))),
+    rank=90,
+)
+def reference(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:
+    """x [T, H], ids [T, k], weights [T, k] → y [T, H]; see ``moe_fx.reference.experts_forward``."""
+    return experts_forward(x, ids, weights, experts, spec)

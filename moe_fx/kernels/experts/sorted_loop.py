@@ -1,0 +1,76 @@
+"""One pair of GEMMs per active expert over rows sorted by expert: any dtype, any storage, any spec.
+
+x, ids → rows by expert → chunks of experts: up products, activation, down products → y.
+Sorting costs one host synchronisation; there is no mask of T * E.  Weights are read in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fx.binding import Experts, Matrices
+from moe_fx.kernels.experts.reference import ALL
+from moe_fx.kernels.experts.rows import (
+    Segment,
+    activate,
+    compute_dtype,
+    empty_result,
+    finish,
+    gather_rows,
+    inside,
+    sort_rows,
+)
+from moe_fx.kernels.registry import Cost, experts_kernel
+from moe_fx.reference.experts import _norm
+from moe_fx.spec import MoESpec
+
+CHUNK = 256  # rows that share one activation call: few calls at small T, inside the L2 cache at large T
+
+
+@experts_kernel(
+    "sorted_loop",
+    capability=ALL,
+    cost=Cost("active", lambda E, T, k: 4 * E + 20, ((1, 0.02), (1024, 0.8))),
+    rank=20,
+)
+def sorted_loop(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:
+    """x [T, H], ids [T, k], weights [T, k] → y [T, H].  Runs below autograd."""
+    rows = sort_rows(ids, spec.expert.experts)
+    if not rows.used:
+        return empty_result(x, spec)
+    dtype = compute_dtype(experts, spec.expert)
+    out = torch.empty((ids.numel(), x.shape[1]), dtype=dtype, device=x.device)
+    for chunk in rows.chunks(CHUNK):
+        first, last = chunk[0][1], chunk[-1][2]
+        inputs = gather_rows(x, weights, rows.order[first:last], spec, dtype)
+        up = [_products(inputs, matrices, chunk) for matrices in experts.up]
+        for result, biases in zip(up, experts.up_bias, strict=False):
+            _add_biases(result, biases, chunk)
+        hidden = activate(up, experts, spec.expert)
+        result = _products(hidden, experts.down, chunk, out[first:last])
+        if experts.down_bias is not None:
+            _add_biases(result, experts.down_bias, chunk)
+        if spec.expert.norm:
+            result.copy_(_norm(result, experts.norm, spec.expert))
+    if rows.used < ids.numel():
+        out[rows.used :].zero_()
+        weights = weights.masked_fill(~inside(ids, spec.expert.experts), 0)
+    return finish(out, rows.places(ids.shape[1]), weights, spec, x.dtype)
+
+
+def _products(inputs: Tensor, matrices: Matrices, chunk: list[Segment], out: Tensor | None = None) -> Tensor:
+    """inputs [n, in] of the chunk's rows times each row's own matrix → [n, out], in the dtype of inputs."""
+    if out is None:
+        out = inputs.new_empty((inputs.shape[0], matrices[0].shape[0]))
+    base = chunk[0][1]
+    for expert, start, stop in chunk:
+        span = slice(start - base, stop - base)
+        torch.mm(inputs[span], matrices[expert].to(inputs.dtype).t(), out=out[span])
+    return out
+
+
+def _add_biases(rows: Tensor, biases: Matrices, chunk: list[Segment]) -> None:
+    base = chunk[0][1]
+    for expert, start, stop in chunk:
+        rows[start - base : stop - base].add_(biases[expert].to(rows.dtype))

@@ -1,0 +1,10 @@
+"""The oracle: which kernel over which layout for how many tokens, why, and what was vetoed for which reasons.
+
+Imports specifications, descriptions and the kernel registry; never passes, lowerings or torch.fx: it is tested without
+a graph and for machines that are not here.
+"""
+
+from moe_fx.oracle.engine import choose
+from moe_fx.oracle.request import LAYOUTS, Request
+
+__all__ = ["LAYOUTS", "Request", "choose"]

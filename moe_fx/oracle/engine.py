@@ -1,0 +1,121 @@
+"""The oracle: veto, price, sort.
+
+A spec, its storage, a request, a device and the kernels enter; a Plan with a verdict on every candidate leaves.  Pure
+and deterministic: the device is a description, so plans can be made for machines that are not here.
+Holds: an explicit request is met or raises with all reasons; the reference runs only when nothing else survives (or
+when it is asked for); the ranges cover T >= 1 without gap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from moe_fx.binding import WeightBinding
+from moe_fx.hardware import Device
+from moe_fx.kernels.registry import Kernel
+from moe_fx.oracle.price import seconds, workload
+from moe_fx.oracle.request import LAYOUTS, Request
+from moe_fx.oracle.vetoes import Case, vetoes
+from moe_fx.plan import Plan, Range, Verdict
+from moe_fx.reasons import MoEFxOptionError, MoEFxUnsupportedError, Reject
+from moe_fx.spec import MoESpec
+
+GRID = (1, *sorted(m << p for p in range(15) for m in (2, 3)), 65536)  # powers of two and the midpoints between them
+PRICED_AT = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+
+REFERENCE = "reference"  # the kernel of last resort
+Key = Callable[[int], tuple[float, int, str]]  # T → what candidates are sorted by: log price (or rank), rank, name
+
+
+def choose(
+    spec: MoESpec, binding: WeightBinding, request: Request, device: Device, kernels: Mapping[str, Kernel]
+) -> Plan:
+    """The plan for one block.
+
+    ``kernels`` must hold "reference".  Policy "price": the layout with the lowest geometric mean of its best prices
+    over GRID (every octave of T counts the same; a view wins ties), then per range the cheapest kernel over that
+    layout, ties by rank.  Policy "priority": the lowest rank alone.  The backward recomputes activations: saving them
+    is bought with memory that the oracle does not know to be free.
+    Raises MoEFxOptionError for an unknown kernel, MoEFxUnsupportedError for a request that is vetoed.
+    """
+    if request.kernel is not None and request.kernel not in kernels:
+        raise MoEFxOptionError(f"no kernel {request.kernel!r}; known: {', '.join(sorted(kernels))}")
+    if REFERENCE not in kernels:
+        raise ValueError(f"the kernel {REFERENCE!r} must be among the candidates; given: {', '.join(sorted(kernels))}")
+    ordered = sorted(kernels.values(), key=lambda k: (k.rank, k.name))
+    cases = [Case(spec, binding, request, device, kernel, layout) for kernel in ordered for layout in LAYOUTS]
+    reasons = {case.candidate: vetoes(case) for case in cases}
+    survivors = [case for case in cases if not reasons[case.candidate]]
+    if not survivors:
+        raise MoEFxUnsupportedError(_refusal(request, device, spec, reasons))
+
+    work = workload(spec, request, device)
+    price = {kernel.name: seconds(kernel.cost, work) for kernel in ordered}
+    pool = [case for case in survivors if case.kernel.name != REFERENCE] or survivors
+    keys = {case.candidate: _key(case, price[case.kernel.name], request) for case in pool}
+    layout = min(
+        dict.fromkeys(case.layout for case in pool),
+        key=lambda name: (_score([keys[c.candidate] for c in pool if c.layout == name]), LAYOUTS.index(name)),
+    )
+    ranges = _ranges({case.kernel.name: keys[case.candidate] for case in pool if case.layout == layout})
+
+    chosen = {f"{r.kernel}/{layout}" for r in ranges}
+    verdicts = tuple(_verdict(case, reasons[case.candidate], price[case.kernel.name], chosen) for case in cases)
+    return Plan(layout, ranges, "recompute", PRICED_AT, verdicts)
+
+
+def _key(case: Case, price: Callable[[int], float], request: Request) -> Key:
+    rank, name = case.kernel.rank, case.kernel.name
+    if request.policy == "priority":
+        return lambda tokens: (rank, rank, name)
+    return lambda tokens: (math.log(price(tokens)), rank, name)
+
+
+def _score(keys: Sequence[Key]) -> float:
+    """Of one layout: the mean over GRID of its best key (rounded: equal stays equal)."""
+    return round(sum(min(key(tokens) for key in keys)[0] for tokens in GRID) / len(GRID), 9)
+
+
+def _ranges(keys: Mapping[str, Key]) -> tuple[Range, ...]:
+    """The winner at every T: on GRID first, then the crossings between two of its points by bisection."""
+
+    def winner(tokens: int) -> str:
+        return min(keys, key=lambda name: keys[name](tokens))
+
+    starts = [(1, winner(1))]
+    for high in GRID[1:]:
+        while starts[-1][1] != winner(high):
+            low, current = max(starts[-1][0], _before(high)), starts[-1][1]
+            starts.append(_crossing(low, high, current, winner))
+    ends = [start - 1 for start, _ in starts[1:]]
+    return tuple(Range(start, end, name) for (start, name), end in zip(starts, [*ends, None], strict=True))
+
+
+def _before(tokens: int) -> int:
+    return GRID[GRID.index(tokens) - 1]
+
+
+def _crossing(low: int, high: int, current: str, winner: Callable[[int], str]) -> tuple[int, str]:
+    """First T in (low, high] where ``current``, which wins at low and not at high, has lost; and who wins there."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if winner(middle) == current else (low, middle)
+    return high, winner(high)
+
+
+def _verdict(case: Case, reasons: tuple[Reject, ...], price: Callable[[int], float], chosen: set[str]) -> Verdict:
+    if reasons:
+        return Verdict(case.candidate, "vetoed", reasons)
+    microseconds = tuple(float(f"{price(t) * 1e6:.6g}") for t in PRICED_AT)
+    return Verdict(case.candidate, "chosen" if case.candidate in chosen else "survived", (), microseconds)
+
+
+def _refusal(request: Request, device: Device, spec: MoESpec, reasons: Mapping[str, tuple[Reject, ...]]) -> str:
+    """Every candidate that the request names, with every reason against it."""
+    wishes = {n: v for n in ("kernel", "layout") if (v := getattr(request, n)) is not None}
+    lines = [f"{' and '.join(f'{n}={v!r}' for n, v in wishes.items())} cannot be had on {device.name} for {spec}:"]
+    for candidate, rejects in reasons.items():
+        if not any(r.code == "veto.request" for r in rejects):
+            lines += [f"  {candidate}: {reject.code}: {reject.text}" for reject in rejects]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""CAPTURE: make data-dependent expert loops traceable, only while Dynamo compiles for us, the model untouched."""

@@ -1,0 +1,232 @@
+"""Who depends on whom in a Dynamo graph, in-place writes included.
+
+Dynamo's torch IR is not functional: ``out.index_add_(...)`` returns a value that nobody reads, and later readers name
+``out``.  Here a reader depends on every earlier write to the storage it reads, so a block that accumulates in place has
+an end like any other.  Nodes are numbered; an edge always goes from a smaller to a larger number.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+_INPLACE_OPERATORS = {
+    operator.setitem,
+    operator.delitem,
+    *(getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")),
+    *(getattr(operator, name) for name in ("iand", "ior", "ixor")),
+}
+_RANDOM = {"dropout", "rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal_"}
+_RANDOM |= {"uniform_", "bernoulli_", "exponential_", "random_", "randperm", "normal", "alpha_dropout", "rrelu"}
+ASSERTIONS = ("_check", "_assert", "sym_constrain_range", "constrain_as")
+
+
+def value(node: Node) -> object:
+    """What Dynamo saw at this node: a FakeTensor, a (Sym)Int, a tuple, …"""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def tensor(node: Node) -> Tensor | None:
+    """The node's FakeTensor, or None when it is not one tensor."""
+    found = value(node)
+    return found if isinstance(found, Tensor) else None
+
+
+def tensors(node: Node) -> list[Tensor]:
+    """All FakeTensors of the node's value."""
+    found = value(node)
+    if isinstance(found, Tensor):
+        return [found]
+    return [t for t in found if isinstance(t, Tensor)] if isinstance(found, (tuple, list)) else []
+
+
+def target_name(node: Node) -> str:
+    """Short name of what a node calls: "linear", "index_add_", "getitem", "grouped_mm_fallback"."""
+    return target_name_of(node.target)
+
+
+def target_name_of(target: object) -> str:
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", str(target))
+
+
+def is_integer(t: Tensor) -> bool:
+    return not t.dtype.is_floating_point and not t.dtype.is_complex
+
+
+class Dataflow:
+    """The graph's nodes with their positions, dependencies, writes and liveness."""
+
+    def __init__(self, graph: Graph):
+        self.nodes = list(graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.storages = {node: _storages(node) for node in self.nodes}
+        self.writes = {node: _written(node) for node in self.nodes}
+        self.preds: dict[Node, list[Node]] = {}
+        self.succs: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        self.modes = _modes(self.nodes)
+        self._link()
+        self.live = self._closure(self._roots(), self.preds)
+
+    def _link(self) -> None:
+        writers: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            preds = list(node.all_input_nodes)
+            known = set(preds)
+            for read in node.all_input_nodes:
+                for storage in self.storages[read]:
+                    for writer in writers.get(storage, ()):
+                        if writer not in known and self.position[writer] > self.position[read]:
+                            known.add(writer)
+                            preds.append(writer)
+            self.preds[node] = preds
+            for pred in preds:
+                self.succs[pred].append(node)
+            for written in self.writes[node]:
+                for storage in self.storages[written]:
+                    writers.setdefault(storage, []).append(node)
+
+    def _roots(self) -> list[Node]:
+        """The output, and nodes whose effect outlives the graph: a write to an input, random numbers, higher-order ops."""
+        inputs = {s for n in self.nodes if n.op in ("placeholder", "get_attr") for s in self.storages[n]}
+        roots = []
+        for node in self.nodes:
+            outlives = any(self.storages[w] & inputs for w in self.writes[node])
+            if node.op == "output" or outlives or self.is_random(node) or self.is_mode_switch(node):
+                roots.append(node)
+        return roots
+
+    @staticmethod
+    def _closure(seeds: Iterable[Node], relation: dict[Node, list[Node]]) -> set[Node]:
+        seen: set[Node] = set()
+        stack = list(seeds)
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                stack.extend(relation[node])
+        return seen
+
+    def within(self, seeds: Iterable[Node], relation: dict[Node, list[Node]], low: int, high: int) -> set[Node]:
+        """Nodes reached from ``seeds`` along ``relation`` at positions low..high (seeds included)."""
+        seen: set[Node] = set()
+        stack = list(seeds)
+        while stack:
+            node = stack.pop()
+            if node not in seen and low <= self.position[node] <= high:
+                seen.add(node)
+                stack.extend(relation[node])
+        return seen
+
+    def depends(self, node: Node, on: Node) -> bool:
+        """Whether ``node`` needs ``on``, directly or not."""
+        return on in self.within([node], self.preds, self.position[on], self.position[node])
+
+    def funnels(self, seeds: Iterable[Node], forward: bool, keep: Callable[[Node], bool]) -> Iterator[Node]:
+        """Nodes through which every path from ``seeds`` (forward: to users, else: to inputs) must pass, nearest first.
+
+        A sweep in order of position: when the frontier holds one node only, that node is such a place.  Paths are
+        followed through nodes that ``keep`` accepts.  The cost is the size of what is swept, not of the graph.
+        """
+        sign = 1 if forward else -1
+        relation = self.succs if forward else self.preds
+        heap = sorted({sign * self.position[n] for n in seeds})
+        queued = set(heap)
+        while heap:
+            at = heapq.heappop(heap)
+            node = self.nodes[sign * at]
+            if not heap:
+                yield node
+            for following in relation[node]:
+                mark = sign * self.position[following]
+                if mark not in queued and keep(following):
+                    queued.add(mark)
+                    heapq.heappush(heap, mark)
+
+    @cached_property
+    def integers(self) -> set[Node]:
+        """Nodes whose tensors are integers, or floats made of integers only (a histogram, a cumulative sum)."""
+        found: set[Node] = set()
+        for node in self.nodes:
+            own = tensors(node)
+            sources = [p for p in self.preds[node] if tensors(p)]
+            derived = node.op not in ("placeholder", "get_attr") and bool(sources) and all(p in found for p in sources)
+            if own and (all(is_integer(t) for t in own) or derived):
+                found.add(node)
+        return found
+
+    def users(self, node: Node) -> list[Node]:
+        """Live readers."""
+        return [n for n in self.succs[node] if n in self.live]
+
+    @staticmethod
+    def is_random(node: Node) -> bool:
+        name = target_name(node)
+        if name in ("dropout", "alpha_dropout"):
+            args = [*node.args[1:], *node.kwargs.values()]
+            return False not in [a for a in args if isinstance(a, bool)] and 0.0 not in node.args[1:2]
+        return name in _RANDOM
+
+    @staticmethod
+    def is_mode_switch(node: Node) -> bool:
+        name = target_name(node)
+        return "autocast" in name or "_set_grad_enabled" in name or "inference_mode" in name
+
+    @staticmethod
+    def is_assertion(node: Node) -> bool:
+        return target_name(node).lstrip("_").startswith(tuple(a.lstrip("_") for a in ASSERTIONS))
+
+
+def _storages(node: Node) -> set[int]:
+    found = set()
+    for t in tensors(node):
+        try:
+            found.add(t.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have no storage of their own
+            found.add(id(t))
+    return found
+
+
+def _written(node: Node) -> list[Node]:
+    """Arguments that the node writes to."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    name = target_name(node)
+    written: list[object] = []
+    if node.target in _INPLACE_OPERATORS or name == "__setitem__":
+        written.append(node.args[0])
+    elif isinstance(node.target, torch._ops.OpOverload):
+        for arg, declared in zip(node.args, node.target._schema.arguments, strict=False):
+            if declared.alias_info is not None and declared.alias_info.is_write:
+                written.append(arg)
+    elif name.endswith("_") and not name.endswith("__") and node.args:
+        written.append(node.args[0])
+    elif node.kwargs.get("inplace") is True:
+        written.append(node.args[0])
+    written.append(node.kwargs.get("out"))
+    return [w for w in written if isinstance(w, Node)]
+
+
+def _modes(nodes: list[Node]) -> dict[Node, tuple[str, str]]:
+    """(innermost autocast, last grad mode set) at each node, as text."""
+    autocast, grad = ["ambient"], "ambient"
+    modes = {}
+    for node in nodes:
+        name = target_name(node) if node.op == "call_function" else ""
+        if "_enter_autocast" in name:
+            autocast.append(str(node.args))
+        elif "_exit_autocast" in name:
+            autocast.pop()
+        elif "_set_grad_enabled" in name:
+            grad = str(node.args)
+        modes[node] = (autocast[-1], grad)
+    return modes

@@ -1,0 +1,65 @@
+"""One key for blocks that mean the same: equal regions of different layers are matched and verified once."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_fx.passes.dataflow import target_name, value
+from moe_fx.passes.regions import Region
+
+
+def fingerprint(region: Region, *context: object) -> str:
+    """Hash of targets, constants, wiring, and the shapes, strides, dtypes, devices and aliases of the inputs; ``context``:
+    whatever else the verdict depends on (id bounds, options, training).  Symbols are renamed in order of appearance."""
+    names: dict[Node, str] = {}
+    symbols: dict[str, str] = {}
+    lines = [repr(context), f"{torch.is_autocast_enabled('cpu')} {torch.get_autocast_dtype('cpu')}"]
+    lines.append(f"{torch.is_autocast_enabled('cuda')} {torch.get_autocast_dtype('cuda')} {torch.is_grad_enabled()}")
+    storages: dict[int, int] = {}
+    for i, node in enumerate(region.inputs):
+        names[node] = f"i{i}"
+        lines.append(f"i{i} {_describe(value(node), symbols, storages)}")
+    for i, node in enumerate(region.nodes):
+        names[node] = f"n{i}"
+        args = _text((node.args, node.kwargs), names, symbols)
+        lines.append(f"n{i} {node.op} {target_name(node)} {getattr(node.target, '__module__', '')} {args}")
+        lines.append(_describe(value(node), symbols, {}))
+    routing = [names.get(n, "-") for n in (region.x, region.ids, region.weights, region.out) if n is not None]
+    lines.append(f"{routing} {[names[a] for a in region.aliases]}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]
+
+
+def _describe(found: object, symbols: dict[str, str], storages: dict[int, int]) -> str:
+    if not isinstance(found, Tensor):
+        return _text(found, {}, symbols)
+    try:
+        storage = found.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a wrapper tensor without a storage of its own
+        storage = id(found)
+    alias = storages.setdefault(storage, len(storages))
+    shape = _text(list(found.shape), {}, symbols)
+    stride = _text(list(found.stride()), {}, symbols)
+    return f"{shape} {stride} {found.dtype} {found.device} {found.requires_grad} {type(found).__name__} @{alias}"
+
+
+def _text(tree: Any, names: dict[Node, str], symbols: dict[str, str]) -> str:
+    if isinstance(tree, Node):
+        return names[tree]
+    if isinstance(tree, (tuple, list)):
+        return "[" + ",".join(_text(t, names, symbols) for t in tree) + "]"
+    if isinstance(tree, dict):
+        return "{" + ",".join(f"{k}:{_text(v, names, symbols)}" for k, v in sorted(tree.items())) + "}"
+    if isinstance(tree, slice):
+        return "slice" + _text((tree.start, tree.stop, tree.step), names, symbols)
+    if isinstance(tree, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        expr = tree.node.expr
+        renamed = {s: symbols.setdefault(str(s), f"s{len(symbols)}") for s in sorted(expr.free_symbols, key=str)}
+        return str(expr.subs({s: type(s)(name) for s, name in renamed.items()}) if renamed else expr)
+    if isinstance(tree, Tensor):
+        return "tensor"
+    return repr(tree)

@@ -1,0 +1,406 @@
+"""FIND: from expert weights to the closed region that turns {hidden states, ids, routing weights} into the combined output.
+
+No module names and no spelling decide.  From the products with expert weights, forward: the first node through which
+everything passes and which has the size of the hidden states is the end.  Backward along integers: a node through which
+every index passes is a candidate for the ids.  The region is what lies between; it must read one hidden-states tensor
+and at most one routing-weights tensor, let no inner value out, and write nothing that it does not own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from moe_fx.passes.banks import Bank, find_banks, is_weight, pair_banks
+from moe_fx.passes.dataflow import Dataflow, is_integer, target_name, tensor, tensors, value
+from moe_fx.reasons import Reject
+
+_RESHAPES = {"reshape", "view", "flatten", "unsqueeze", "squeeze", "contiguous", "clone", "detach", "_unsafe_view"}
+_SPREADS = _RESHAPES | {"expand", "repeat", "repeat_interleave", "expand_as", "transpose", "permute", "t", "unflatten"}
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
+_FILLS = {"zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "empty_like", "full_like", "tensor"}
+_FILLS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "scalar_tensor"}
+_MAX_ENDS = 24
+
+
+@dataclass(slots=True)
+class Region:
+    """A block in the graph.
+
+    nodes: in order of position.  x, ids, weights: the nodes it reads (weights None: every chosen expert counts 1).
+    scores: an inner dense [T, E] (or [E, T]) routing matrix, where the block does not gather by ids.
+    out: the value that leaves; aliases: nodes whose storage it shares and whose later readers also get the new value.
+    ups, down: its expert weights.  params: other parameters it reads.  sizes: (symbolic) numbers it reads.
+    """
+
+    nodes: list[Node]
+    x: Node
+    ids: Node
+    weights: Node | None
+    out: Node
+    aliases: list[Node]
+    ups: list[Bank]
+    down: Bank
+    params: list[Node]
+    sizes: list[Node]
+    scores: Node | None = None
+
+    @property
+    def weight_nodes(self) -> list[Node]:
+        return [p for bank in (*self.ups, self.down) for p in bank.params]
+
+    @property
+    def inputs(self) -> list[Node]:
+        """Order of the placeholders of ``module``."""
+        routing = [self.x, self.ids] + ([self.weights] if self.weights is not None else [])
+        return routing + self.weight_nodes + self.params + self.sizes
+
+    @property
+    def hidden(self) -> int:
+        """H: the last size of x."""
+        return int(tensor(self.x).shape[-1])  # type: ignore[union-attr]
+
+    @property
+    def top_k(self) -> int:
+        """k: ids per token."""
+        return hint(numel(self.ids)) * self.hidden // max(hint(numel(self.x)), 1)
+
+    def module(self) -> GraphModule:
+        """The region alone, as a module from ``inputs`` to (out,)."""
+        graph = Graph()
+        copies: dict[Node, Node] = {}
+        for node in self.inputs:
+            copies[node] = graph.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output((copies[self.out],))
+        owner = self.out.graph.owning_module
+        return GraphModule(owner if owner is not None else torch.nn.Module(), graph)
+
+
+@dataclass(slots=True)
+class Found:
+    """Result of FIND: regions, and one (anchor node, reasons) for every place that looked like a block and is none."""
+
+    regions: list[Region] = field(default_factory=list)
+    rejects: list[tuple[Node, list[Reject]]] = field(default_factory=list)
+
+
+def find_regions(graph: Graph, weights: set[Node]) -> Found:
+    """All regions of one graph.  ``weights``: placeholders that are parameters or buffers of the model."""
+    flow = Dataflow(graph)
+    found = Found()
+    for ups, down in pair_banks(flow, find_banks(flow, weights)):
+        finder = _Finder(flow, ups, down, weights)
+        if down is None:
+            if finder.id_candidates():
+                found.rejects.append((ups[0].uses[0], [finder.no_partner()]))
+            continue
+        result = finder.find(down)
+        if isinstance(result, Region):
+            found.regions.append(result)
+        else:
+            found.rejects.append((ups[0].uses[0], result))
+    return found
+
+
+def graph_parts(gm: GraphModule, examples: list[object]) -> Iterator[tuple[Graph, set[Node], dict[Node, Tensor]]]:
+    """The graph and the bodies of its higher-order ops (activation checkpointing puts every block into one), each with
+    its placeholders that hold the model's weights, and its integer buffers with their values."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    pairs = list(zip(placeholders, examples, strict=False))
+    weights = {n for n, e in pairs if is_weight(n, e)}
+    buffers = {n: e for n, e in pairs if isinstance(e, Tensor) and n in weights and is_integer(e)}
+    yield from _parts(gm, weights, buffers)
+
+
+def _parts(
+    gm: GraphModule, weights: set[Node], buffers: dict[Node, Tensor]
+) -> Iterator[tuple[Graph, set[Node], dict[Node, Tensor]]]:
+    yield gm.graph, weights, {n: t for n, t in buffers.items() if not isinstance(t, FakeTensor)}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
+            continue
+        for i, arg in enumerate(node.args):
+            body = _attribute(gm, arg) if isinstance(arg, Node) and arg.op == "get_attr" else None
+            if not isinstance(body, GraphModule):
+                continue
+            inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+            outer = [a for a in node.args[i + 1 :] if not (isinstance(a, Node) and a.op == "get_attr")]
+            if len(inner) == len(outer):
+                pairs = [(a, b) for a, b in zip(inner, outer, strict=True) if isinstance(b, Node)]
+                yield from _parts(
+                    body, {a for a, b in pairs if b in weights}, {a: buffers[b] for a, b in pairs if b in buffers}
+                )
+
+
+def _attribute(gm: GraphModule, node: Node) -> object:
+    found: object = gm
+    for name in str(node.target).split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def numel(node: Node) -> object:
+    """Number of elements, an int or a SymInt."""
+    t = tensor(node)
+    assert t is not None
+    return math.prod(t.shape)
+
+
+def hint(size: object) -> int:
+    """The value that a size had when the graph was captured."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)  # type: ignore[attr-defined]
+
+
+def same(a: object, b: object) -> bool:
+    """a == b for certain, without a guard."""
+    return bool(statically_known_true(a == b))
+
+
+class _Finder:
+    """FIND for one pair of banks."""
+
+    def __init__(self, flow: Dataflow, ups: list[Bank], down: Bank | None, weights: set[Node]):
+        self.flow, self.ups, self.down, self.weights = flow, ups, down, weights
+        banks = [*ups, *([down] if down else [])]
+        self.params = {p for bank in banks for p in bank.params}
+        self.views = {v for bank in banks for v in bank.views}
+        self.uses = [u for bank in banks for u in bank.uses]
+        self.experts = banks[0].sizes[0]
+        self.where = self.uses[0].name
+
+    def no_partner(self) -> Reject:
+        sizes = list(self.ups[0].sizes)
+        return Reject("match.products", f"expert weights {sizes} have no second projection that fits", self.where)
+
+    def find(self, down: Bank) -> Region | list[Reject]:
+        """The region, or every reason why none of the candidates is one (the nearest misses first)."""
+        misses: list[Reject] = []
+        ends = list(islice(self.ends(), _MAX_ENDS))
+        if not ends:
+            return [Reject("find.no_exit", "the experts' results do not come together in one tensor", self.where)]
+        candidates = self.id_candidates()
+        if not candidates:
+            return [Reject("find.no_routing", "no integer expert ids lead to these expert weights", self.where)]
+        best: Region | None = None
+        for ids in candidates:
+            for end in ends:
+                result = self._carve(ids, end, down)
+                if isinstance(result, Reject):
+                    misses.append(result)
+                elif result.weights is not None:
+                    return result
+                else:
+                    best = best or result
+        if best is not None:
+            return best
+        ranked = sorted(dict.fromkeys(misses), key=lambda r: r.code == "find.inputs")
+        return ranked[:6]
+
+    def ends(self) -> Iterable[Node]:
+        flow = self.flow
+        last_use = max(flow.position[u] for u in self.uses)
+        for node in flow.funnels(self.uses, forward=True, keep=lambda n: n in flow.live and n.op != "output"):
+            if flow.position[node] >= last_use and tensors(node):
+                yield node
+
+    def id_candidates(self) -> list[Node]:
+        """Integer [.., k] nodes through which every index into the block passes, nearest first; for a block that reads
+        all experts densely, the integers from which its routing matrix was made."""
+        flow = self.flow
+        seeds = {p for u in self.uses for p in self._index_sources(u)}
+        if not seeds:
+            seeds = self._dense_sources()
+
+        def indexes(node: Node) -> bool:
+            return node in flow.integers and node not in self.weights and target_name(node) not in _FILLS
+
+        funnel = flow.funnels(seeds, forward=False, keep=lambda n: indexes(n) or target_name(n) == "sort")
+        return [n for n in funnel if (t := tensor(n)) is not None and n in flow.integers and t.ndim >= 1]
+
+    def _index_sources(self, use: Node) -> list[Node]:
+        """Integer tensors that a product depends on: indices that picked its weights or rows, offsets."""
+        flow = self.flow
+        found: list[Node] = []
+        seen: set[Node] = set()
+        stack = list(use.all_input_nodes)
+        while stack:
+            node = stack.pop()
+            if node in seen or node in self.weights:
+                continue
+            seen.add(node)
+            if node in flow.integers:
+                found.append(node)
+            elif node in self.views or target_name(node) in _SPREADS | _CASTS:
+                stack += node.all_input_nodes
+            elif node not in self.uses:
+                found += [p for p in node.all_input_nodes if p in flow.integers]
+        return found
+
+    def _dense_sources(self) -> set[Node]:
+        """For a dense block: integers behind a float tensor of T*E elements that the block multiplies by."""
+        flow = self.flow
+        reach = flow.within(self.uses, flow.succs, 0, flow.position[self.uses[-1]] + 400)
+        sources: set[Node] = set()
+        for node in [*self.uses, *reach]:
+            for read in node.all_input_nodes:
+                low = max(0, flow.position[read] - 200)
+                if read not in reach and read not in self.weights and tensor(read) is not None:
+                    nearby = flow.within([read], flow.preds, low, flow.position[read])
+                    scatters = {n for n in nearby if target_name(n).rstrip("_") in ("scatter", "one_hot", "scatter_add")}
+                    sources |= {p for s in scatters for p in s.all_input_nodes if p in flow.integers}
+        return sources
+
+    def _carve(self, ids: Node, end: Node, down: Bank) -> Region | Reject:
+        flow = self.flow
+        low, high = flow.position[ids], flow.position[end]
+        if high <= low:
+            return Reject("find.no_exit", "the ids are computed after the result", end.name)
+        from_ids = flow.within([ids, *self.uses, *self.views], flow.succs, 0, high) - {ids}
+        inside = from_ids & flow.within([end], flow.preds, 0, high)
+        self._absorb(inside, ids)
+        boundary = self._boundary(inside)
+        result = self._classify(boundary, ids)
+        if isinstance(result, Reject):
+            return result
+        x, weights, params, sizes = result
+        end = self._widen(inside, end)
+        out, aliases = self._leaving(inside, end)
+        if out is None:
+            return Reject("find.no_exit", "the result is not one tensor", end.name)
+        if not same(numel(out), numel(x)):
+            return Reject("find.no_exit", f"{out.name} has not as many elements as the hidden states {x.name}", out.name)
+        nodes = sorted(inside, key=flow.position.__getitem__)
+        region = Region(nodes, x, ids, weights, out, aliases, self.ups, down, params, sizes)
+        if not same(numel(ids) * region.hidden, numel(x) * region.top_k):  # type: ignore[operator]
+            return Reject("find.inputs", f"{ids.name} has no fixed number of ids per row of {x.name}", ids.name)
+        return self._effects(region, set(inside), self._boundary(inside)) or region
+
+    def _absorb(self, inside: set[Node], ids: Node) -> None:
+        """Adds what only the block uses and what carries no data: reshapes, casts of parameters, fills, assertions."""
+        flow = self.flow
+        grew = True
+        while grew:
+            grew = False
+            for node in self._boundary(inside):
+                if node.op in ("placeholder", "get_attr") or node is ids or flow.writes[node] or node in self.params:
+                    continue
+                sources = [p for p in flow.preds[node] if tensors(p)]
+                own = all(u in inside or flow.is_assertion(u) for u in flow.users(node))
+                of_weights = bool(sources) and all(p in self.weights or p in inside for p in sources)
+                spread = own and target_name(node) in _SPREADS and len(sources) == 1 and tensor(node) is not None
+                fill = target_name(node) in _FILLS and all(p in inside or self._keeps_nothing(node) for p in sources)
+                if tensors(node) and ((of_weights and self._reads_weights(node)) or spread or (fill and own)):
+                    inside.add(node)
+                    grew = True
+
+    def _reads_weights(self, node: Node) -> bool:
+        return any(p in self.weights for p in self.flow.preds[node]) or node in self.views
+
+    @staticmethod
+    def _keeps_nothing(node: Node) -> bool:
+        return target_name(node).endswith("_like") or target_name(node).startswith("new_")
+
+    def _boundary(self, inside: set[Node]) -> list[Node]:
+        reads = {p: None for n in sorted(inside, key=self.flow.position.__getitem__) for p in self.flow.preds[n]}
+        return [p for p in reads if p not in inside]
+
+    def _classify(
+        self, boundary: list[Node], ids: Node
+    ) -> tuple[Node, Node | None, list[Node], list[Node]] | Reject:
+        """The boundary as (x, routing weights, other parameters, sizes)."""
+        params: list[Node] = []
+        sizes: list[Node] = []
+        weights: list[Node] = []
+        hidden: list[Node] = []
+        for node in boundary:
+            if node is ids or node in self.params:
+                continue
+            t = tensor(node)
+            if not tensors(node):
+                sizes.append(node)
+            elif t is None or node in self.flow.integers:
+                return Reject("find.inputs", f"reads {node.name} besides the ids {ids.name}", node.name)
+            elif node in self.weights:
+                params.append(node)
+            elif same(numel(node), numel(ids)):
+                weights.append(node)
+            else:
+                hidden.append(node)
+        hidden = self._unify(hidden)
+        if len(hidden) != 1 or len(weights) > 1:
+            shapes = ", ".join(f"{n.name} {list(tensor(n).shape)}" for n in (*hidden, *weights))  # type: ignore[union-attr]
+            return Reject("find.inputs", f"reads {shapes or 'no hidden states'}; ids are {ids.name}", self.where)
+        return hidden[0], (weights[0] if weights else None), params, sizes
+
+    def _unify(self, hidden: list[Node]) -> list[Node]:
+        """Several reshapes of one tensor count as that tensor only when one of them is it."""
+        return list(dict.fromkeys(hidden))
+
+    def _widen(self, inside: set[Node], end: Node) -> Node:
+        """Takes trailing casts along: they are free inside the op."""
+        flow = self.flow
+        while True:
+            users = flow.users(end)
+            if len(users) != 1 or target_name(users[0]) not in _CASTS or flow.writes[users[0]]:
+                return end
+            following = users[0]
+            if any(tensors(p) and p is not end and p not in inside for p in flow.preds[following]):
+                return end
+            inside.add(following)
+            end = following
+
+    def _leaving(self, inside: set[Node], end: Node) -> tuple[Node | None, list[Node]]:
+        """(the node whose value leaves, others of the same storage read after the end).  An in-place accumulation ends
+        in a write; what is read afterwards is the tensor it wrote to."""
+        flow = self.flow
+        if end in flow.users(end) or tensor(end) is None:
+            return None, []
+        shared = flow.storages[end]
+        readers = [n for n in inside if n is not end and flow.storages[n] & shared and flow.writes[end]]
+        late = [n for n in readers if any(u not in inside for u in flow.users(n))]
+        return end, late
+
+    def _effects(self, region: Region, inside: set[Node], boundary: list[Node]) -> Reject | None:
+        """Values that escape, writes to foreign tensors, mode switches, random numbers."""
+        flow = self.flow
+        end = flow.position[region.out]
+        for node in region.nodes:
+            late = node is region.out or node in region.aliases
+            for user in flow.users(node):
+                if user not in inside and not flow.is_assertion(user) and not (late and flow.position[user] > end):
+                    return Reject("find.escape", f"{node.name} is also used by {user.name}", node.name)
+            if flow.is_random(node):
+                return Reject("find.effect", f"{node.name} draws random numbers", node.name)
+        for node in region.aliases:
+            if tensor(node).shape != tensor(region.out).shape:  # type: ignore[union-attr]
+                return Reject("find.escape", f"{node.name} views the result in another shape", node.name)
+        outer = {s for b in boundary for s in flow.storages[b]}
+        start = flow.position[region.nodes[0]]
+        for node in flow.nodes[start : end + 1]:
+            for written in flow.writes[node]:
+                if flow.storages[written] & outer:
+                    return Reject("find.effect", f"{node.name} writes to {written.name}, which the block reads", node.name)
+        if flow.storages[region.out] & outer:
+            return Reject("find.escape", f"the result {region.out.name} is a view of an input", region.out.name)
+        floats = [n for n in region.nodes if tensors(n) and n not in flow.integers]
+        if len({flow.modes[n] for n in floats}) > 1:
+            return Reject("find.autocast", "autocast or grad mode changes inside the block", region.nodes[0].name)
+        return None
+
+
+def describe(node: Node) -> str:
+    """name, shape and dtype, for reports."""
+    found = value(node)
+    return f"{node.name} {list(found.shape)} {found.dtype}" if isinstance(found, Tensor) else f"{node.name} {found}"

@@ -1,0 +1,100 @@
+"""REWRITE: a verified region becomes one call of ``moe_fx::experts``.
+
+before: ids → sort / one_hot / where … products with the expert weights … → out
+after:  y = moe_fx.experts(x [T, H], ids [T, k], weights [T, k], operands, spec, binding, plan); readers of out read y
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from moe_fx.passes.dataflow import tensor, tensors
+from moe_fx.passes.match import Proposal
+from moe_fx.passes.regions import Region, same
+
+
+def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node:
+    """Replaces ``region`` in ``graph`` and returns the new node; the replaced nodes are erased."""
+    with graph.inserting_before(region.out.next):
+        x = _flat(graph, region.x, region.hidden)
+        ids = _flat(graph, region.ids, region.top_k)
+        if region.weights is None:
+            weights = _call(graph, "call_function", torch.ones_like, (ids,), {"dtype": tensor(region.x).dtype})  # type: ignore[union-attr]
+        else:
+            weights = _flat(graph, region.weights, region.top_k)
+        args = (x, ids, weights, list(proposal.operands), str(proposal.spec), str(proposal.binding), plan)
+        y = _call(graph, "call_function", torch.ops.moe_fx.experts.default, args)
+        y.meta["stack_trace"] = region.out.meta.get("stack_trace", "")
+        y.meta["nn_module_stack"] = region.out.meta.get("nn_module_stack", {})
+        new = _like(graph, y, region)
+    late = {region.out, *region.aliases}
+    after = set(_following(new))
+    for node in late:
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user in after)
+    for node in reversed(region.nodes):
+        for user in list(node.users):
+            if not tensors(user) and not user.users and user.op != "output":
+                graph.erase_node(user)  # assertions about the block's inner sizes
+        graph.erase_node(node)
+    return y
+
+
+def _following(node: Node) -> list[Node]:
+    found = []
+    while (node := node.next).op != "root":
+        found.append(node)
+    return found
+
+
+def _flat(graph: Graph, node: Node, last: int) -> Node:
+    """The node as [-1, last]."""
+    t = tensor(node)
+    assert t is not None
+    if t.ndim == 2 and same(t.shape[1], last):
+        return node
+    return _call(graph, "call_method", "reshape", (node, (-1, last)))
+
+
+def _like(graph: Graph, y: Node, region: Region) -> Node:
+    """y [T, H] in the shape of the value it replaces."""
+    out, x = tensor(region.out), tensor(region.x)
+    assert out is not None and x is not None
+    if out.ndim == 2:
+        return y
+    if len(out.shape) == len(x.shape) and all(same(a, b) for a, b in zip(out.shape, x.shape, strict=True)):
+        size = _call(graph, "call_method", "size", (region.x,))
+        return _call(graph, "call_method", "reshape", (y, size))
+    return _call(graph, "call_method", "reshape", (y, tuple(_size(graph, region, s) for s in out.shape)))
+
+
+def _size(graph: Graph, region: Region, size: object) -> Any:
+    """A number, or a node that computes it from the sizes of x."""
+    if isinstance(size, int):
+        return size
+    x = tensor(region.x)
+    assert x is not None
+    for dim, other in enumerate(x.shape):
+        if same(size, other):
+            return _call(graph, "call_method", "size", (region.x, dim))
+    return -1
+
+
+def _call(graph: Graph, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+    """A node with its fake value, as Dynamo would have made it."""
+    node = graph.create_node(op, target, args, kwargs or {})
+    fakes = torch.fx.node.map_arg((args, kwargs or {}), lambda n: n.meta.get("example_value", n.meta.get("val")))
+    fake_mode = next(t.fake_mode for t in _tensors(fakes))  # type: ignore[attr-defined]
+    with fake_mode:
+        if op == "call_method":
+            node.meta["example_value"] = getattr(fakes[0][0], target)(*fakes[0][1:], **fakes[1])
+        else:
+            node.meta["example_value"] = target(*fakes[0], **fakes[1])
+    return node
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,0 +1,261 @@
+"""Inputs on which a region and its specification are compared.
+
+Token counts follow the region's symbols; a region captured at one length is sampled at that length.  Expert weights are
+random, never the model's own (real ones can be zero, or alike).  Large banks are allocated as zero pages of which only a
+few experts are filled, so that memory follows the experts in use and not the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_fx.passes.dataflow import target_name, tensor, value
+from moe_fx.passes.regions import Region, numel
+
+Pattern = Literal["random", "few", "first", "last", "outside", "duplicates"]
+MEMORY_BUDGET = 2 << 30  # bytes of filled expert weights, and of rows gathered, a sample may hold
+
+_ROUTINGS: tuple[Pattern, ...] = ("random", "few", "last", "first")
+IdRange = tuple[float, float, bool]
+UNKNOWN_IDS: IdRange = (-math.inf, math.inf, False)
+
+
+@dataclass(slots=True)
+class Sample:
+    """inputs: in the order of ``Region.inputs``.  x [T, H], ids [T, k], weights [T, k]: the routing among them, viewed
+    flat.  operands: the expert weights, then the region's other parameters, by node."""
+
+    inputs: list[Any]
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    operands: dict[Node, Tensor]
+    label: str
+
+
+class Sampler:
+    """Draws samples for one region, from a private generator: the global random state is not touched.
+
+    bounds: (lowest, highest, distinct in a row) of the ids, as far as ``id_range`` can tell.
+    """
+
+    def __init__(self, region: Region, bounds: IdRange = UNKNOWN_IDS, seed: int = 0):
+        self.region = region
+        self.experts = region.down.sizes[0]
+        self.bounds = bounds
+        self.generator = torch.Generator().manual_seed(seed)
+        self.symbols = sorted({s for node in region.inputs for size in _sizes(node) for s in _free(size)}, key=str)
+
+    def token_counts(self) -> list[int]:
+        """T to sample: one, odd, and more than E where memory allows; the captured T where it is fixed."""
+        size = numel(self.region.x)
+        if not _free(size):
+            return [int(size) // self.region.hidden]  # type: ignore[call-overload]
+        return [t for t in (5, 1, min(self.experts + 1, 65)) if self._affordable(t)]
+
+    def patterns(self) -> list[Pattern]:
+        """Routings to try: three for each token count, and those that ids of unknown origin may bring."""
+        counts = len(self.token_counts())
+        found: list[Pattern] = [p for p in _ROUTINGS for _ in range(counts)][: 9 if self._cheap() else 3]
+        low, high, distinct = self.bounds
+        if not distinct and self.region.top_k > 1:
+            found += ["duplicates"] * counts
+        if low < 0 or high >= self.experts:
+            found += ["outside"] * counts
+        return found
+
+    def samples(self, dtype: torch.dtype | None, patterns: list[Pattern]) -> Iterator[Sample]:
+        """One sample per pattern, token counts in turn.  dtype: None keeps the region's own."""
+        counts = self.token_counts()
+        for i, pattern in enumerate(patterns):
+            yield self.draw(counts[i % len(counts)], pattern, dtype)
+
+    def _cheap(self) -> bool:
+        """Whether nine float64 runs take seconds at most."""
+        sizes = [tensor(n) for n in self.region.weight_nodes]
+        each = sum(t.numel() for t in sizes if t is not None) // self.experts
+        return 2 * each * max(self.token_counts()) * self.region.top_k < 4e9
+
+    def draw(self, tokens: int, pattern: Pattern, dtype: torch.dtype | None) -> Sample:
+        region, k = self.region, self.region.top_k
+        assignment = self._assignment(tokens)
+        chosen = self._chosen(k)
+        ids = self._ids(tokens, k, pattern, chosen)
+        filled = chosen if len(chosen) < self.experts else None
+        values: dict[Node, Any] = {}
+        operands: dict[Node, Tensor] = {}
+        for node in region.inputs:
+            found = value(node)
+            if not isinstance(found, Tensor):
+                values[node] = _evaluate(found, assignment)
+                continue
+            shape = [_evaluate(s, assignment) for s in found.shape]
+            kind = found.dtype if dtype is None or not found.is_floating_point() else dtype
+            if node is region.ids:
+                values[node] = ids.reshape(shape).to(kind)
+            elif node is region.weights:
+                values[node] = self._normal(shape, kind, 1.0).abs_().add_(0.1)
+            elif node in region.weight_nodes:
+                values[node] = operands[node] = self._weight(node, shape, kind, filled)
+            elif node in region.params:
+                values[node] = operands[node] = self._normal(shape, kind, 0.5)
+            else:
+                values[node] = self._normal(shape, kind, 1.0)
+        x = values[region.x].reshape(-1, region.hidden)
+        weights = torch.ones(tokens, k, dtype=x.dtype) if region.weights is None else values[region.weights]
+        label = f"{pattern} routing of {tokens} tokens"
+        inputs = [values[n] for n in region.inputs]
+        return Sample(inputs, x, ids, weights.reshape(tokens, k), operands, label)
+
+    def _weight(self, node: Node, shape: list[int], dtype: torch.dtype, filled: list[int] | None) -> Tensor:
+        scale = min(shape[-1], shape[-2]) ** -0.5
+        if len(shape) == 2:
+            index = self.region_index(node)
+            if filled is not None and index not in filled:
+                return torch.zeros(shape, dtype=dtype)
+            return self._normal(shape, dtype, scale)
+        if filled is None:
+            return self._normal(shape, dtype, scale)
+        bank = torch.zeros(shape, dtype=dtype)  # untouched pages stay unallocated
+        for e in filled:
+            bank[e] = self._normal(shape[1:], dtype, scale)
+        return bank
+
+    def region_index(self, node: Node) -> int:
+        """Which expert a parameter of a list belongs to."""
+        bank = next(b for b in (*self.region.ups, self.region.down) if node in b.params)
+        return bank.params.index(node)
+
+    def _normal(self, shape: list[int], dtype: torch.dtype, scale: float) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32).mul_(scale).to(dtype)
+
+    def _chosen(self, k: int) -> list[int]:
+        """Experts whose weights are filled: all, or as many as the memory budget holds."""
+        sizes = [tensor(n) for n in self.region.weight_nodes]
+        each = sum(t.numel() for t in sizes if t is not None) * 8 // self.experts
+        count = min(self.experts, max(k + 1, MEMORY_BUDGET // 4 // max(each, 1)))
+        return sorted(torch.randperm(self.experts, generator=self.generator)[:count].tolist())
+
+    def _affordable(self, tokens: int) -> bool:
+        """Whether gathering the weights of every row (the worst spelling) stays within the budget."""
+        sizes = [tensor(n) for n in self.region.weight_nodes]
+        each = sum(t.numel() for t in sizes if t is not None) * 8 // self.experts
+        return tokens == 1 or tokens * self.region.top_k * each <= MEMORY_BUDGET
+
+    def _ids(self, tokens: int, k: int, pattern: Pattern, chosen: list[int]) -> Tensor:
+        pool = torch.tensor(chosen)
+        if pattern == "few":
+            pool = pool[: max(k, len(chosen) // 2)]
+        elif pattern == "first":
+            pool = pool[:k]
+        elif pattern == "last":
+            pool = pool[-k:]
+        scores = torch.rand(tokens, len(pool), generator=self.generator)
+        ids = pool[scores.argsort(-1)[:, :k]] if len(pool) >= k else pool[torch.zeros(tokens, k, dtype=torch.long)]
+        if pattern == "duplicates":
+            ids = ids[:, :1].expand(tokens, k).clone()
+        elif pattern == "outside":
+            mask = torch.rand(tokens, k, generator=self.generator) < 0.4
+            ids = torch.where(mask, torch.tensor([-1, self.experts])[torch.arange(k) % 2], ids)
+        return ids
+
+    def _tokens(self, assignment: dict[Any, int]) -> int | None:
+        """Tokens under ``assignment``; None while it depends on a free symbol."""
+        size = numel(self.region.x)
+        if _free(size) and not assignment:
+            return None
+        return int(_evaluate(size, assignment)) // self.region.hidden
+
+    def _assignment(self, tokens: int) -> dict[Any, int]:
+        """Values of the symbols that give ``tokens``: all 1 but one of those that the number of tokens depends on."""
+        free = [s for s in self.symbols if s in _free(numel(self.region.x))]
+        if not free:
+            return dict.fromkeys(self.symbols, tokens)
+        for symbol in reversed(free):
+            assignment = {s: tokens if s is symbol or s not in free else 1 for s in self.symbols}
+            if self._tokens(assignment) == tokens:
+                return assignment
+        raise ValueError(f"no values of {free} give {tokens} tokens")
+
+
+def id_range(node: Node, buffers: dict[Node, Tensor], depth: int = 40) -> IdRange:
+    """(lowest, highest, distinct within a row): what is certain about integer ids from how they were computed."""
+    name, args = target_name(node), node.args
+    if depth == 0:
+        return UNKNOWN_IDS
+    if node in buffers:
+        held = buffers[node]
+        return (float(held.min()), float(held.max()), False) if held.numel() else UNKNOWN_IDS
+    if name in ("getitem", "__getitem__") and isinstance(args[0], Node):
+        source = args[0]
+        if target_name(source) in ("topk", "max", "min", "sort") and args[1] == 1:
+            return (0.0, *_last_size(source), True)  # type: ignore[return-value]
+        low, high, _ = id_range(source, buffers, depth - 1)
+        return low, high, False
+    if name in ("argmax", "argmin", "argsort"):
+        return (0.0, *_last_size(node), True)  # type: ignore[return-value]
+    if name in _KEEPS_VALUES and isinstance(args[0], Node):
+        return id_range(args[0], buffers, depth - 1)
+    if name in ("clamp", "clamp_", "clip") and isinstance(args[0], Node):
+        bounds = [*args[1:], None, None]
+        low, high, _ = id_range(args[0], buffers, depth - 1)
+        floor, ceiling = node.kwargs.get("min", bounds[0]), node.kwargs.get("max", bounds[1])
+        return _at(floor, low, max), _at(ceiling, high, min), False
+    if name in ("masked_fill", "where", "cat", "concat", "concatenate", "stack"):
+        chosen = {"where": args[1:], "masked_fill": (args[0], args[-1])}.get(name, args[0])
+        operands = list(chosen)  # type: ignore[arg-type]
+        ranges = [
+            id_range(o, buffers, depth - 1) if isinstance(o, Node) else (float(o), float(o), False)
+            for o in operands
+            if isinstance(o, (Node, int, float))
+        ]
+        return min(r[0] for r in ranges), max(r[1] for r in ranges), False
+    return UNKNOWN_IDS
+
+
+_KEEPS_VALUES = {"reshape", "view", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "unsqueeze"}
+_KEEPS_VALUES |= {"squeeze", "type", "expand"}
+
+
+def _at(bound: object, current: float, pick: Any) -> float:
+    return pick(current, float(bound)) if isinstance(bound, (int, float)) else current
+
+
+def _last_size(node: Node) -> tuple[float]:
+    """Highest index that a selection along the last dimension of ``node``'s input can give."""
+    source = node.args[0]
+    t = tensor(source) if isinstance(source, Node) else None
+    dim = node.kwargs.get("dim", node.args[2] if target_name(node) == "topk" and len(node.args) > 2 else None)
+    if dim is None and len(node.args) > 1 and target_name(node) != "topk":
+        dim = node.args[1]
+    if t is None or not isinstance(dim if dim is not None else -1, int):
+        return (math.inf,)
+    size = t.shape[-1 if dim is None else dim]
+    return (float(size - 1) if isinstance(size, int) else math.inf,)
+
+
+def _free(size: object) -> set[Any]:
+    return set(size.node.expr.free_symbols) if isinstance(size, (torch.SymInt, torch.SymFloat)) else set()
+
+
+def _sizes(node: Node) -> list[object]:
+    found = value(node)
+    if isinstance(found, Tensor):
+        return list(found.shape)
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def _evaluate(size: Any, assignment: dict[Any, int]) -> Any:
+    if isinstance(size, (tuple, list)):
+        return type(size)(_evaluate(s, assignment) for s in size)
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size
+    found = size.node.expr.subs(assignment)
+    return int(found) if isinstance(size, torch.SymInt) else float(found)

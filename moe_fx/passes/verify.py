@@ -1,0 +1,159 @@
+"""VERIFY: the region against its proposed specification.  Soundness comes from here.
+
+1. Mathematics: both in float64 on random weights and routings; any difference above 1e-9 is another formula.  With
+   gradients of x, routing weights and parameters when the graph trains.
+2. Rounding: the region as it is, and the fused op, in their own dtypes, both against float64: the op's error may be at
+   most twice the region's own plus 4 eps (root mean square, and likewise the maximum).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fx.binding import bind
+from moe_fx.passes.exact import run_exact
+from moe_fx.passes.match import Proposal, sample_operands
+from moe_fx.passes.regions import Region
+from moe_fx.passes.sampling import Sample, Sampler
+from moe_fx.reasons import Reject
+from moe_fx.reference import experts_backward, experts_forward
+
+Fused = Callable[[Tensor, Tensor, Tensor, list[Tensor], Proposal], Tensor]
+_FORMULA = 1e-9
+
+
+def verify(region: Region, proposal: Proposal, sampler: Sampler, training: bool, fused: Fused) -> Reject | None:
+    """None when the proposal holds.  ``fused(x, ids, weights, operands, proposal)`` runs the op in the true dtypes."""
+    module = region.module()
+    patterns = sampler.patterns()
+    for sample in sampler.samples(torch.float64, patterns):
+        if reject := _same_formula(module, region, proposal, sample):
+            return reject
+    if training:
+        for sample in sampler.samples(torch.float64, patterns[:3]):
+            if reject := _same_gradients(module, region, proposal, sample):
+                return reject
+    for sample in sampler.samples(None, patterns[:3]):
+        if reject := _same_rounding(module, region, proposal, sample, fused):
+            return reject
+    return None
+
+
+def _same_formula(module: Any, region: Region, proposal: Proposal, sample: Sample) -> Reject | None:
+    with torch.no_grad():
+        try:
+            theirs = run_exact(module, sample.inputs)
+        except Exception as error:  # the user's code may raise anything on ids that it never sees
+            if sample.label.startswith("outside"):
+                return None  # ids out of range are an error there: nothing to preserve
+            return Reject("verify.run", f"{type(error).__name__}: {error}", sample.label)
+        ours = _reference(proposal, sample)
+    error = _relative(ours, theirs.reshape(ours.shape))
+    if error > _FORMULA:
+        return Reject("verify.values", f"relative difference {error:.1e} in float64", sample.label)
+    return None
+
+
+def _neutral(proposal: Proposal) -> Any:
+    """The spec with every dtype left as it comes: the formula alone."""
+    spec = proposal.spec
+    return dataclasses.replace(
+        spec,
+        expert=dataclasses.replace(spec.expert, act_dtype="", compute_dtype=""),
+        combine=dataclasses.replace(spec.combine, accumulate="", out_dtype=""),
+    )
+
+
+def _reference(proposal: Proposal, sample: Sample) -> Tensor:
+    experts = bind(proposal.binding, sample_operands(proposal, sample), proposal.spec.expert.experts)
+    return experts_forward(sample.x, sample.ids, sample.weights, experts, _neutral(proposal))
+
+
+def _same_gradients(module: Any, region: Region, proposal: Proposal, sample: Sample) -> Reject | None:
+    """Gradients of x, routing weights and operands for a random gradient of the result."""
+    nodes = region.inputs
+    wanted = [region.x, *([region.weights] if region.weights is not None else []), *proposal.operands]
+    by_node = dict(zip(nodes, sample.inputs, strict=True))
+    for node in wanted:
+        by_node[node] = by_node[node].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        theirs = run_exact(module, [by_node[n] for n in nodes])
+        dy = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1), dtype=theirs.dtype)
+        if not theirs.requires_grad:
+            return Reject("verify.gradients", "the block has no gradient at all", sample.label)
+        expected = torch.autograd.grad(theirs, [by_node[n] for n in wanted], dy, allow_unused=True)
+    spec = _neutral(proposal)
+    operands = sample_operands(proposal, sample)
+    grads = [torch.zeros_like(o) for o in operands]
+    e = spec.expert.experts
+    with torch.no_grad():
+        dx, dweights = experts_backward(
+            dy.reshape(sample.x.shape),
+            sample.x,
+            sample.ids,
+            sample.weights,
+            bind(proposal.binding, operands, e),
+            spec,
+            bind(proposal.binding, grads, e),
+        )
+    ours = [dx, *([dweights] if region.weights is not None else []), *grads]
+    for node, mine, other in zip(wanted, ours, expected, strict=True):
+        other = torch.zeros_like(mine) if other is None else other.reshape(mine.shape)
+        error = _relative(mine, other)
+        if error > _FORMULA:
+            return Reject("verify.gradients", f"gradient of {node.name} differs by {error:.1e} in float64", sample.label)
+    return None
+
+
+def _same_rounding(
+    module: Any, region: Region, proposal: Proposal, sample: Sample, fused: Fused
+) -> Reject | None:
+    """The tolerance rule on the true dtypes; the float64 reference runs on the same rounded inputs."""
+    with torch.no_grad():
+        try:
+            (theirs,) = module(*sample.inputs)
+        except Exception as error:  # as above: anything may be raised
+            return Reject("verify.run", f"{type(error).__name__}: {error}", sample.label)
+        operands = sample_operands(proposal, sample)
+        ours = fused(sample.x, sample.ids, sample.weights, operands, proposal)
+        exact = Sample(
+            [],
+            sample.x.double(),
+            sample.ids,
+            sample.weights.double(),
+            {n: t.double() for n, t in sample.operands.items()},
+            sample.label,
+        )
+        truth = _reference(proposal, exact)
+    theirs = theirs.reshape(truth.shape)
+    eps = torch.finfo(theirs.dtype).eps
+    if theirs.dtype != ours.dtype:
+        return Reject("verify.rounding", f"result is {theirs.dtype}, the op gives {ours.dtype}", sample.label)
+    for name, measure in (("rms", _relative), ("maximum", _relative_max)):
+        own, fused_error = measure(theirs.double(), truth), measure(ours.double(), truth)
+        if not fused_error <= 2 * own + 4 * eps:
+            text = f"{name} error {fused_error:.1e} against the original's {own:.1e}"
+            return Reject("verify.rounding", text, sample.label)
+    return None
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """Root mean square of a - b over that of b; inf where either is not finite while the other is."""
+    if a.numel() == 0:
+        return 0.0
+    scale = b.double().norm()
+    error = (a.double() - b.double()).norm()
+    if not torch.isfinite(error):
+        return float("inf")
+    return float(error / scale) if scale > 0 else float(error)
+
+
+def _relative_max(a: Tensor, b: Tensor) -> float:
+    if a.numel() == 0:
+        return 0.0
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))

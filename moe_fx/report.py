@@ -1,0 +1,385 @@
+"""What happened to every mixture-of-experts block: values that the pipeline collects, and how they read.
+
+``ReportBuilder`` takes sites while graphs are compiled and gives a frozen ``Report``.  ``str(report)`` is plain text
+(120 columns, no terminal needed), a rich console prints the same with colours, ``to_json`` / ``from_json`` round-trip.
+Sites that differ only in their place are shown as one row.  rich is imported when something is rendered.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from moe_fx.hints import HINTS
+from moe_fx.plan import Plan, Verdict
+from moe_fx.reasons import CODES, Reject
+from moe_fx.spec import MoESpec, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+VERSION = "report/1"
+WIDTH = 120
+KEPT = 64  # wrappers whose records a builder keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One block in one graph.
+
+    fqn: the module it belongs to.  binding: its WeightBinding as text.  plan: None unless fused.  rejects: every reason
+    why it was left alone.  source: "file:line: code" of the user.  graph: number of ``ReportBuilder.graphs``.
+    replaced: graph nodes that the fused op stands for.  note: anything a reader should know.
+    seconds: (stage, seconds) pairs.
+    """
+
+    fqn: str
+    fused: bool
+    spec: MoESpec | None = None
+    binding: str = ""
+    plan: Plan | None = None
+    rejects: tuple[Reject, ...] = ()
+    source: str = ""
+    graph: int = 0
+    replaced: int = 0
+    note: str = ""
+    seconds: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """What the oracle thought of every candidate."""
+        return self.plan.verdicts if self.plan else ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "fqn": self.fqn,
+            "fused": self.fused,
+            "spec": None if self.spec is None else str(self.spec),
+            "binding": self.binding,
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "rejects": [r.to_json() for r in self.rejects],
+            "source": self.source,
+            "graph": self.graph,
+            "replaced": self.replaced,
+            "note": self.note,
+            "seconds": [list(pair) for pair in self.seconds],
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Site:
+        converted = {
+            "spec": None if data["spec"] is None else parse(data["spec"]),
+            "plan": None if data["plan"] is None else Plan.from_json(data["plan"]),
+            "rejects": tuple(Reject(**r) for r in data["rejects"]),
+            "seconds": _pairs(data["seconds"]),
+        }
+        return Site(**{**data, **converted})
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Every site of one torch.compile wrapper: all its graphs, resumed frames and recompilations.
+
+    num_graphs: distinct graphs that reached the backend.  seconds: (stage, seconds) summed over graphs, "all" last.
+    """
+
+    sites: tuple[Site, ...] = ()
+    num_graphs: int = 0
+    seconds: tuple[tuple[str, float], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        """Distinct blocks; the same module in two graphs is one."""
+        return len(self._fused_by_block())
+
+    @property
+    def num_fused(self) -> int:
+        """Distinct blocks that are fused in every graph in which they appear."""
+        return sum(self._fused_by_block().values())
+
+    def _fused_by_block(self) -> dict[tuple[str, int], bool]:
+        """(fqn, which use of it within a graph) → fused everywhere."""
+        uses: Counter[tuple[int, str]] = Counter()
+        blocks: dict[tuple[str, int], bool] = {}
+        for site in self.sites:
+            block = (site.fqn, uses[site.graph, site.fqn])
+            uses[site.graph, site.fqn] += 1
+            blocks[block] = blocks.get(block, True) and site.fused
+        return blocks
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "num_graphs": self.num_graphs,
+            "seconds": [list(pair) for pair in self.seconds],
+            "warnings": list(self.warnings),
+            "sites": [site.to_json() for site in self.sites],
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Report:
+        """Inverse of ``to_json``; ValueError for another version."""
+        if data.get("version") != VERSION:
+            raise ValueError(f"report version {data.get('version')!r} cannot be read; this version reads {VERSION!r}")
+        sites = tuple(Site.from_json(site) for site in data["sites"])
+        return Report(sites, data["num_graphs"], _pairs(data["seconds"]), tuple(data["warnings"]))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=WIDTH, color_system=None, force_terminal=False, highlight=False).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        groups = _groups(self.sites)
+        yield _headline(self)
+        if groups:
+            yield _overview(groups)
+        for number, group in enumerate(groups, 1):
+            yield from _fused_details(number, group[0]) if group[0].fused else _left_details(number, group)
+        for warning in self.warnings:
+            yield _text(f"warning: {warning}", "yellow")
+
+
+def _pairs(data: Iterable[Sequence[Any]]) -> tuple[tuple[str, float], ...]:
+    return tuple((stage, seconds) for stage, seconds in data)
+
+
+# --- rendering -------------------------------------------------------------------------------------------------------
+
+
+def _groups(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites that differ in place only, together, in order of first appearance."""
+    found: dict[Hashable, list[Site]] = {}
+    for site in sites:
+        reasons = tuple((r.code, _unnumbered(r.text)) for r in site.rejects)
+        key = (site.fused, str(site.spec), site.binding, site.plan, reasons, _unnumbered(site.note))
+        found.setdefault(key, []).append(site)
+    return list(found.values())
+
+
+def _unnumbered(text: str) -> str:
+    """Node names without the number that makes them unique."""
+    return re.sub(r"(?<=[A-Za-z])(_\d+)+\b", "_#", text)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """{0, 1, 2, 5} → "0-2,5"."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def fold(fqns: Iterable[str]) -> list[str]:
+    """Names that differ in a number become one with its ranges: "layers.0.mlp", "layers.1.mlp" → "layers.0-1.mlp"."""
+    names = [tuple(fqn.split(".")) for fqn in dict.fromkeys(fqns)]
+    for position in range(max(map(len, names), default=0)):
+        merged: dict[tuple[str | None, ...], list[str]] = {}
+        for name in names:
+            numbered = position < len(name) and name[position].isdigit()
+            template = (*name[:position], None, *name[position + 1 :]) if numbered else name
+            merged.setdefault(template, []).append(name[position] if numbered else "")
+        names = [tuple(ranges(map(int, found)) if t is None else t for t in key) for key, found in merged.items()]
+    return [".".join(name) for name in names]
+
+
+def describe(spec: MoESpec) -> str:
+    """A spec in a few words: "E32 k8 H1024 I512 silu gated"."""
+    e = spec.expert
+    words = [f"E{e.experts} k{spec.top_k} H{e.hidden} I{e.intermediate} {e.act}"]
+    words += ["gated"] if e.gated else []
+    words += ["bias"] if e.w13_bias or e.w2_bias else []
+    words += [f"norm={e.norm}"] if e.norm else []
+    words += ["weight on input"] if spec.combine.weight_on == "input" else []
+    return " ".join(words)
+
+
+def _text(text: str, style: str = "") -> RenderableType:
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+def _table(*columns: str, title: str = "") -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="right" if column.startswith("T=") else "left")
+    return table
+
+
+def _headline(report: Report) -> RenderableType:
+    blocks = f"{report.num_fused} of {report.num_blocks} mixture-of-experts blocks fused"
+    graphs = f"{report.num_graphs} graph{'' if report.num_graphs == 1 else 's'}"
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in report.seconds)
+    style = "bold green" if report.num_blocks and report.num_fused == report.num_blocks else "bold"
+    return _text(f"moe_fx: {blocks}, {graphs}" + (f" ({stages})" if stages else ""), style)
+
+
+def _overview(groups: list[list[Site]]) -> RenderableType:
+    table = _table("#", "block", "count", "graphs", "specification", "result")
+    for number, group in enumerate(groups, 1):
+        site, fqns = group[0], [s.fqn for s in group]
+        name = _text("\n".join(fold(fqn or "(unnamed)" for fqn in fqns)))
+        count, graphs = f"{len(set(fqns))}", ranges(s.graph for s in group)
+        table.add_row(str(number), name, count, graphs, describe(site.spec) if site.spec else "-", _text(_result(site)))
+    return table
+
+
+def _result(site: Site) -> str:
+    if not site.fused:
+        return "left alone: " + ", ".join(dict.fromkeys(r.code for r in site.rejects))
+    kernels = "/".join(dict.fromkeys(r.kernel for r in site.plan.ranges)) if site.plan else "?"
+    return f"fused: {kernels}"
+
+
+def _fused_details(number: int, site: Site) -> Iterator[RenderableType]:
+    yield _text(f"#{number}  {site.spec}", "bold")
+    if site.binding:
+        yield _text(f"    weights  {site.binding}")
+    plan = site.plan
+    if plan is None:
+        return
+    kernels = "; ".join(f"{_span(r.t_min, r.t_max)} {r.kernel}" for r in plan.ranges)
+    yield _text(f"    plan     {kernels}; layout {plan.layout}; backward: {plan.backward} activations")
+    if site.replaced:
+        yield _text(f"    graph    {site.replaced} nodes → 1")
+    if site.note:
+        yield _text(f"    note     {site.note}")
+    live = [v for v in plan.verdicts if v.status != "vetoed"]
+    if live:
+        table = _table("candidate", "", *(f"T={t}" for t in plan.priced_at), title="price of one forward, µs")
+        for verdict in sorted(live, key=lambda v: v.status):
+            prices = [f"{p:,.0f}" if p >= 100 else f"{p:.3g}" for p in verdict.price_us]
+            table.add_row(verdict.candidate, verdict.status, *prices)
+        yield table
+    vetoed = [v for v in plan.verdicts if v.status == "vetoed"]
+    if vetoed:
+        table = _table("vetoed", "reasons")
+        for verdict in vetoed:
+            table.add_row(verdict.candidate, _text("\n".join(f"{r.code}: {r.text}" for r in verdict.reasons)))
+        yield table
+
+
+def _span(low: int, high: int | None) -> str:
+    if high is None:
+        return f"T ≥ {low}" if low > 1 else "any T"
+    return f"T {low}" if low == high else f"T {low}-{high}"
+
+
+def _left_details(number: int, group: list[Site]) -> Iterator[RenderableType]:
+    site = group[0]
+    where = f" (first of {len(group)})" if len(group) > 1 else ""
+    yield _text(f"#{number}  left as it was: {site.fqn or '(unnamed)'}{where}", "bold")
+    if site.source:
+        yield _text(f"    source   {site.source}")
+    if site.note:
+        yield _text(f"    note     {site.note}")
+    for reject in site.rejects:
+        yield _text(f"    {reject.code}: {reject.text}", "red")
+        if reject.where:
+            yield _text(f"      at     {reject.where}")
+        yield _text(f"      means  {CODES[reject.code]}")
+        yield _text(f"      try    {HINTS.get(reject.code, 'see docs/troubleshooting.md')}")
+
+
+# --- collecting ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Record:
+    """owner: gives the wrapper that the record belongs to, or None when it is gone."""
+
+    owner: Callable[[], object]
+    sites: list[Site] = field(default_factory=list)
+    graphs: int = 0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def report(self) -> Report:
+        stages: dict[int, dict[str, float]] = {}  # every site of a graph carries that graph's stages
+        for site in self.sites:
+            stages.setdefault(site.graph, {}).update(site.seconds)
+        total: Counter[str] = Counter()
+        for spent in stages.values():
+            total.update(spent)
+        seconds = (*total.items(), ("all", self.seconds)) if self.graphs else ()
+        return Report(tuple(self.sites), self.graphs, seconds, tuple(self.warnings))
+
+
+class ReportBuilder:
+    """Collects what happens while graphs are compiled; every method may be called from any thread.
+
+    One record per torch.compile wrapper; a wrapper that compiles again goes on with its own.  All methods but ``begin``
+    speak of the record begun last.  Wrappers are not kept alive.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._records: list[_Record] = []
+        self._current = _Record(lambda: None)
+
+    def begin(self, wrapper: object = None) -> None:
+        """``wrapper`` starts to compile a graph; None starts a record of its own."""
+        with self._lock:
+            alive = [r for r in self._records if r.owner() is not None]
+            own = [r for r in alive if r.owner() is wrapper]
+            self._current = own[0] if own else _Record(_reference(wrapper))
+            self._records = [*[r for r in alive if r is not self._current], self._current][-KEPT:]
+
+    @property
+    def graphs(self) -> int:
+        """Graphs finished so far: the number of the one in the making."""
+        with self._lock:
+            return self._current.graphs
+
+    def graph(self, seconds: float) -> None:
+        """A graph is finished; moe_fx took ``seconds`` for it."""
+        with self._lock:
+            self._current.graphs += 1
+            self._current.seconds += seconds
+
+    def add(self, site: Site) -> None:
+        with self._lock:
+            self._current.sites.append(site)
+
+    def warn(self, text: str) -> None:
+        """Keeps a warning, once."""
+        with self._lock:
+            if text not in self._current.warnings:
+                self._current.warnings.append(text)
+
+    def snapshot(self) -> Report:
+        """The report of the wrapper begun last, as it stands."""
+        with self._lock:
+            return self._current.report()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._records.clear()
+            self._current = _Record(lambda: None)
+
+
+def _reference(wrapper: object) -> Callable[[], object]:
+    try:
+        return weakref.ref(wrapper)
+    except TypeError:  # of a class without weak references
+        return lambda: wrapper
+
+
+RECORDER = ReportBuilder()
