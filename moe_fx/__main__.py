@@ -47,14 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
     explain.set_defaults(run=_explain)
 
-    zoo = commands.add_parser("zoo", help="the table of Hugging Face families × implementations (from a checkout)")
-    zoo.add_argument("families", nargs="*", help="families to run (all)")
-    zoo.add_argument("--implementation", action="append", help="only these implementations")
+    zoo = commands.add_parser("zoo", add_help=False, help="families × implementations; arguments of tests.zoo.run")
     zoo.set_defaults(run=_zoo)
 
     commands.add_parser("doctor", help="versions, device, kernels, private hooks").set_defaults(run=_doctor)
 
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "zoo":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     try:
         return int(args.run(args))
     except MoEFxError as error:
@@ -63,12 +64,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    import torch
     from rich import print as rich_print
 
     import moe_fx
 
     model, inputs, keywords = _model(args)
-    report = moe_fx.explain(model, *inputs, options=args.options, **keywords)
+    with torch.no_grad():
+        report = moe_fx.explain(model, *inputs, options=args.options, **keywords)
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -150,7 +153,7 @@ def _zoo(args: argparse.Namespace) -> int:
         raise UsageError("the zoo is part of the source checkout, not of the installed package: run it from a checkout")
     sys.path.insert(0, str(root))
     run = importlib.import_module("tests.zoo.run")
-    return int(run.main(args.families, args.implementation))
+    return int(run.main(args.rest) or 0)
 
 
 def _doctor(args: argparse.Namespace) -> int:

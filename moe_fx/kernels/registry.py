@@ -1,7 +1,7 @@
 """The registry of experts kernels: what each can do (closed world) and what it costs.
 
-A kernel is one file with one ``@experts_kernel`` at the definition.  A spec value that its capability does not list is a
-veto; the oracle reads capability and cost from here and adds nothing of its own.
+A kernel is one file with one ``@experts_kernel`` at the definition.  A spec value that its capability does not list is
+a veto; the oracle reads capability and cost from here and adds nothing of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Capability:
     backward: the shared backward of ``kernels/experts/backward.py`` serves it ("shared"), or it is forward only ("").
     packages: names that must be in ``Device.installed``.
     gated: which of gated and ungated experts it takes.
-    size_multiple: H and I are multiples of it.  align_bytes: so are H and I times the size of a weight.
+    size_multiple: H and I are multiples of it.
     """
 
     devices: frozenset[str]

@@ -23,7 +23,7 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 
 from moe_fx.hardware import Device
 from moe_fx.kernels.registry import Cost, touched

@@ -8,7 +8,6 @@ The reference defines what a spec means: its capability holds open sets, so only
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -80,8 +79,7 @@ def _forms(case: Case) -> Reject | None:
 
 
 def _sizes(case: Case) -> Reject | None:
-    known, size = case.kernel.capability, itemsize(case.request.weights)
-    multiple = math.lcm(known.size_multiple, known.align_bytes // math.gcd(known.align_bytes, size))
+    multiple = case.kernel.capability.size_multiple
     odd = [f"{n}={v}" for n in ("hidden", "intermediate") if (v := getattr(case.spec.expert, n)) % multiple]
     return case.reject("veto.shape", f"{' and '.join(odd)}: not a multiple of {multiple}") if odd else None
 

@@ -53,22 +53,15 @@ def find_banks(flow: Dataflow, weights: set[Node]) -> list[Bank]:
     return sorted(banks, key=lambda b: flow.position[b.uses[0]])
 
 
-def pair_banks(flow: Dataflow, banks: list[Bank]) -> list[tuple[list[Bank], Bank | None]]:
-    """Banks in order of use → [(up banks, down bank)]; a down bank is the first that depends on a bank before it and
-    whose sizes fit.  Banks that find no partner come with None."""
-    pairs: list[tuple[list[Bank], Bank | None]] = []
-    ups: list[Bank] = []
-    for bank in banks:
-        if not any(flow.depends(bank.uses[-1], up.uses[0]) for up in ups):
-            ups.append(bank)
-        elif fitting := [up for up in ups if _fits(up, bank)]:
-            pairs += [([up], None) for up in ups if up not in fitting]
-            pairs.append((fitting, bank))
-            ups = []
-        else:
-            pairs += [([up], None) for up in ups]
-            ups = [bank]
-    return pairs + [([up], None) for up in ups]
+def partners(flow: Dataflow, banks: list[Bank], down: Bank) -> list[list[Bank]]:
+    """Up projections that may belong to ``down``: the nearest fitting bank before it that it depends on, or the nearest
+    two of one size that do not depend on each other (gate and up apart), which come first."""
+    fitting = [b for b in banks if _fits(b, down) and flow.depends(down.uses[-1], b.uses[0])]
+    if not fitting:
+        return []
+    last = fitting[-1]
+    pairs = [b for b in fitting[:-1] if b.sizes == last.sizes and not flow.depends(last.uses[0], b.uses[0])]
+    return [[pairs[-1], last], [last]] if pairs else [[last]]
 
 
 def _fits(up: Bank, down: Bank) -> bool:

@@ -164,6 +164,16 @@ class Dataflow:
                 found.add(node)
         return found
 
+    def derived(self, weights: set[Node]) -> set[Node]:
+        """Nodes computed from ``weights`` (and constants) alone, without a write."""
+        found: set[Node] = set()
+        for node in self.nodes:
+            sources = [p for p in self.preds[node] if tensors(p)]
+            if sources and node.op != "output" and not self.writes[node]:
+                if all(p in weights or p in found for p in sources):
+                    found.add(node)
+        return found
+
     def users(self, node: Node) -> list[Node]:
         """Live readers."""
         return [n for n in self.succs[node] if n in self.live]

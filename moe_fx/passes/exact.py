@@ -57,13 +57,13 @@ class Watch:
                 self._propagate(args, o)
             return
         if (shape := _PRODUCTS.get(func)) is not None:
-            self._product(shape, args, out)
+            self.product(*(None if i is None else args[i] for i in shape), out)
         elif func in (aten.add.Tensor, aten.add_.Tensor):
             self._bias(args, out)
         self._propagate(args, out)
 
-    def _product(self, shape: tuple[int, int, int | None], args: tuple[Any, ...], out: Tensor) -> None:
-        left, right, bias = (None if i is None else args[i] for i in shape)
+    def product(self, left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """``out = left @ right (+ bias)``: kept when one of the two is an expert weight."""
         if tag := self.tag_of(right):
             rows, result = left, out
         elif tag := self.tag_of(left):
@@ -157,16 +157,26 @@ _REPLACED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 
 
 class _Runner(Interpreter):
-    """Runs torch IR; grouped products, which know few dtypes, as plain ones."""
+    """Runs torch IR; grouped products, which know few dtypes, as plain ones (one product for the watch)."""
+
+    def __init__(self, module: GraphModule, mode: Exact):
+        super().__init__(module)
+        self.mode = mode
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target_name_of(target) in _REPLACED:
-            return _grouped_mm(*args, **kwargs)
-        return super().call_function(target, args, kwargs)
+        if target_name_of(target) not in _REPLACED:
+            return super().call_function(target, args, kwargs)
+        watch, self.mode.watch = self.mode.watch, None
+        try:
+            out = _grouped_mm(*args, **kwargs)
+        finally:
+            self.mode.watch = watch
+        if watch is not None:
+            watch.product(args[0], args[1], None, out)
+        return out
 
 
-def run_exact(module: GraphModule, inputs: list[Any], watch: Watch | None = None) -> Tensor:
-    """The region's result on ``inputs`` (floating tensors in float64)."""
-    with Exact(watch):
-        (out,) = _Runner(module).run(*inputs)
-    return out
+def run_exact(module: GraphModule, inputs: list[Any], watch: Watch | None = None) -> tuple[Tensor, ...]:
+    """The region's results on ``inputs`` (floating tensors in float64)."""
+    with Exact(watch) as mode:
+        return _Runner(module, mode).run(*inputs)

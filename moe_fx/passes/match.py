@@ -23,7 +23,7 @@ from moe_fx.passes.banks import Bank
 from moe_fx.passes.dataflow import target_name, tensor
 from moe_fx.passes.exact import Product, Watch, run_exact
 from moe_fx.passes.regions import Region
-from moe_fx.passes.sampling import Sample, Sampler
+from moe_fx.passes.sampling import Sample, Sampler, constants
 from moe_fx.reasons import Reject
 from moe_fx.reference import ACTIVATIONS
 from moe_fx.spec import CombineSpec, DTypeName, ExpertSpec, MoESpec, Norm
@@ -110,7 +110,7 @@ class _Parts:
 def _activations(region: Region, seen: _Seen) -> Iterator[_Parts]:
     """Every registered activation that turns what leaves the up projection into what enters the down projection."""
     hidden = seen.down[0]
-    constants = _constants(region)
+    numbers = [*constants(region), math.inf]
     for pair, order, banks in _gate_up_choices(region, seen):
         gate, up = pair
         if gate.shape != hidden.shape:
@@ -118,7 +118,7 @@ def _activations(region: Region, seen: _Seen) -> Iterator[_Parts]:
         for (name, gated), act in ACTIVATIONS.items():
             if gated != (up is not None):
                 continue
-            for params in itertools.product(constants, repeat=len(act.params)):
+            for params in itertools.product(numbers, repeat=len(act.params)):
                 if _close(act.forward(gate, up, *params), hidden):
                     yield _Parts(name, params, gated, order, banks)
 
@@ -138,17 +138,9 @@ def _gate_up_choices(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() <= _CLOSE * b.norm().clamp_min(1e-30)) and bool(b.norm() > 0)
-
-
-def _constants(region: Region) -> list[float]:
-    """Numbers written in the block, as candidates for the parameters of an activation; inf for "no limit"."""
-    found: list[float] = []
-    for node in region.nodes:
-        for arg in (*node.args, *node.kwargs.values()):
-            if isinstance(arg, (int, float)) and not isinstance(arg, bool) and arg > 0:
-                found.append(float(arg))
-    return [*sorted(set(found)), math.inf]
+    """Row by row: rows differ in scale by decades."""
+    error, scale = (a - b).norm(dim=-1), b.norm(dim=-1)
+    return bool((error <= _CLOSE * scale).all()) and bool(scale.max() > 0)
 
 
 def _nearest_activation(region: Region) -> str:
@@ -210,7 +202,7 @@ def _with_norms(base: ExpertSpec, norm_nodes: list[Node], region: Region) -> lis
     if len(norm_nodes) != 1:
         return [base]
     kinds: tuple[Norm, ...] = ("rms", "rms_plus_one", "rms_input_scaled")
-    small = [c for c in _constants(region) if c < 0.1] or [0.0]
+    small = [c for c in constants(region) if c < 0.1] or [0.0]
     return [dataclasses.replace(base, norm=kind, norm_eps=eps) for kind in kinds for eps in small]
 
 

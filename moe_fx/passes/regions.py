@@ -18,9 +18,9 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from moe_fx.passes.banks import Bank, find_banks, is_weight, pair_banks
+from moe_fx.passes.banks import PRODUCTS, Bank, find_banks, is_weight, partners
 from moe_fx.passes.dataflow import Dataflow, is_integer, target_name, tensor, tensors, value
 from moe_fx.reasons import Reject
 
@@ -29,7 +29,9 @@ _SPREADS = _RESHAPES | {"expand", "repeat", "repeat_interleave", "expand_as", "t
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 _FILLS = {"zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "empty_like", "full_like", "tensor"}
 _FILLS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "scalar_tensor"}
+_PIECES = {"split", "chunk", "tensor_split", "unbind", "cat", "concat", "stack", "narrow", "getitem", "__getitem__"}
 _MAX_ENDS = 24
+_DENSE_SPAN = 400  # nodes after the last product in which a dense block's result comes together
 
 
 @dataclass(slots=True)
@@ -38,8 +40,9 @@ class Region:
 
     nodes: in order of position.  x, ids, weights: the nodes it reads (weights None: every chosen expert counts 1).
     scores: an inner dense [T, E] (or [E, T]) routing matrix, where the block does not gather by ids.
+    sizes: (symbolic) numbers it reads, and tensors of which it reads only the shape.
     out: the value that leaves; aliases: nodes whose storage it shares and whose later readers also get the new value.
-    ups, down: its expert weights.  params: other parameters it reads.  sizes: (symbolic) numbers it reads.
+    ups, down: its expert weights.  params: other parameters it reads.
     """
 
     nodes: list[Node]
@@ -75,7 +78,7 @@ class Region:
         return hint(numel(self.ids)) * self.hidden // max(hint(numel(self.x)), 1)
 
     def module(self) -> GraphModule:
-        """The region alone, as a module from ``inputs`` to (out,)."""
+        """The region alone, as a module from ``inputs`` to (out,), or (out, scores)."""
         graph = Graph()
         copies: dict[Node, Node] = {}
         for node in self.inputs:
@@ -83,7 +86,7 @@ class Region:
             copies[node].meta = dict(node.meta)
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output((copies[self.out],))
+        graph.output((copies[self.out],) if self.scores is None else (copies[self.out], copies[self.scores]))
         owner = self.out.graph.owning_module
         return GraphModule(owner if owner is not None else torch.nn.Module(), graph)
 
@@ -100,17 +103,24 @@ def find_regions(graph: Graph, weights: set[Node]) -> Found:
     """All regions of one graph.  ``weights``: placeholders that are parameters or buffers of the model."""
     flow = Dataflow(graph)
     found = Found()
-    for ups, down in pair_banks(flow, find_banks(flow, weights)):
-        finder = _Finder(flow, ups, down, weights)
-        if down is None:
-            if finder.id_candidates():
-                found.rejects.append((ups[0].uses[0], [finder.no_partner()]))
-            continue
-        result = finder.find(down)
-        if isinstance(result, Region):
-            found.regions.append(result)
+    derived = flow.derived(weights)
+    free: list[Bank] = []
+    misses: dict[Bank, list[Reject]] = {}
+    for down in find_banks(flow, weights):
+        for ups in partners(flow, free, down):
+            result = _Finder(flow, ups, down, weights, derived).find()
+            if isinstance(result, Region):
+                found.regions.append(result)
+                free = [b for b in free if b not in ups]
+                for bank in (down, *ups):
+                    misses.pop(bank, None)
+                break
+            misses.setdefault(down, result)
         else:
-            found.rejects.append((ups[0].uses[0], result))
+            free.append(down)
+            if down not in misses and (reject := _Finder(flow, [], down, weights, derived).no_partner()):
+                misses[down] = [reject]
+    found.rejects = [(bank.uses[0], rejects) for bank, rejects in misses.items()]
     return found
 
 
@@ -171,20 +181,24 @@ def same(a: object, b: object) -> bool:
 class _Finder:
     """FIND for one pair of banks."""
 
-    def __init__(self, flow: Dataflow, ups: list[Bank], down: Bank | None, weights: set[Node]):
-        self.flow, self.ups, self.down, self.weights = flow, ups, down, weights
-        banks = [*ups, *([down] if down else [])]
+    def __init__(self, flow: Dataflow, ups: list[Bank], down: Bank, weights: set[Node], derived: set[Node]):
+        self.flow, self.ups, self.down, self.weights, self.derived = flow, ups, down, weights, derived
+        banks = [*ups, down]
         self.params = {p for bank in banks for p in bank.params}
         self.views = {v for bank in banks for v in bank.views}
         self.uses = [u for bank in banks for u in bank.uses]
         self.experts = banks[0].sizes[0]
         self.where = self.uses[0].name
+        self.indexed = True
 
-    def no_partner(self) -> Reject:
-        sizes = list(self.ups[0].sizes)
+    def no_partner(self) -> Reject | None:
+        """Why a bank alone is no block; None when no ids lead to it either (a convolution, a stacked embedding)."""
+        if not self.id_candidates():
+            return None
+        sizes = list(self.down.sizes)
         return Reject("match.products", f"expert weights {sizes} have no second projection that fits", self.where)
 
-    def find(self, down: Bank) -> Region | list[Reject]:
+    def find(self) -> Region | list[Reject]:
         """The region, or every reason why none of the candidates is one (the nearest misses first)."""
         misses: list[Reject] = []
         ends = list(islice(self.ends(), _MAX_ENDS))
@@ -196,7 +210,7 @@ class _Finder:
         best: Region | None = None
         for ids in candidates:
             for end in ends:
-                result = self._carve(ids, end, down)
+                result = self._carve(ids, end)
                 if isinstance(result, Reject):
                     misses.append(result)
                 elif result.weights is not None:
@@ -220,6 +234,7 @@ class _Finder:
         all experts densely, the integers from which its routing matrix was made."""
         flow = self.flow
         seeds = {p for u in self.uses for p in self._index_sources(u)}
+        self.indexed = bool(seeds)
         if not seeds:
             seeds = self._dense_sources()
 
@@ -245,24 +260,33 @@ class _Finder:
             elif node in self.views or target_name(node) in _SPREADS | _CASTS:
                 stack += node.all_input_nodes
             elif node not in self.uses:
-                found += [p for p in node.all_input_nodes if p in flow.integers]
+                indices = [p for p in node.all_input_nodes if p in flow.integers]
+                found += indices
+                if not indices and target_name(node) in _PIECES:
+                    stack += node.all_input_nodes
         return found
 
     def _dense_sources(self) -> set[Node]:
-        """For a dense block: integers behind a float tensor of T*E elements that the block multiplies by."""
+        """For a block that reads all experts: integers from which a matrix that it multiplies by was scattered, looked
+        for backwards no further than the nearest product."""
         flow = self.flow
-        reach = flow.within(self.uses, flow.succs, 0, flow.position[self.uses[-1]] + 400)
+        reach = flow.within(self.uses, flow.succs, 0, flow.position[self.uses[-1]] + _DENSE_SPAN)
+        stack = [p for n in (*self.uses, *reach) for p in n.all_input_nodes if p not in reach]
+        seen: set[Node] = set()
         sources: set[Node] = set()
-        for node in [*self.uses, *reach]:
-            for read in node.all_input_nodes:
-                low = max(0, flow.position[read] - 200)
-                if read not in reach and read not in self.weights and tensor(read) is not None:
-                    nearby = flow.within([read], flow.preds, low, flow.position[read])
-                    scatters = {n for n in nearby if target_name(n).rstrip("_") in ("scatter", "one_hot", "scatter_add")}
-                    sources |= {p for s in scatters for p in s.all_input_nodes if p in flow.integers}
+        while stack:
+            node = stack.pop()
+            name = target_name(node).rstrip("_")
+            if node in seen or node in self.weights or name in PRODUCTS or name in ("topk", "softmax"):
+                continue
+            seen.add(node)
+            if name in ("scatter", "one_hot", "scatter_add"):
+                sources |= {p for p in node.all_input_nodes if p in flow.integers}
+            else:
+                stack += flow.preds[node]
         return sources
 
-    def _carve(self, ids: Node, end: Node, down: Bank) -> Region | Reject:
+    def _carve(self, ids: Node, end: Node) -> Region | Reject:
         flow = self.flow
         low, high = flow.position[ids], flow.position[end]
         if high <= low:
@@ -271,7 +295,7 @@ class _Finder:
         inside = from_ids & flow.within([end], flow.preds, 0, high)
         self._absorb(inside, ids)
         boundary = self._boundary(inside)
-        result = self._classify(boundary, ids)
+        result = self._classify(boundary, inside, ids)
         if isinstance(result, Reject):
             return result
         x, weights, params, sizes = result
@@ -282,10 +306,27 @@ class _Finder:
         if not same(numel(out), numel(x)):
             return Reject("find.no_exit", f"{out.name} has not as many elements as the hidden states {x.name}", out.name)
         nodes = sorted(inside, key=flow.position.__getitem__)
-        region = Region(nodes, x, ids, weights, out, aliases, self.ups, down, params, sizes)
+        region = Region(nodes, x, ids, weights, out, aliases, self.ups, self.down, params, sizes)
         if not same(numel(ids) * region.hidden, numel(x) * region.top_k):  # type: ignore[operator]
             return Reject("find.inputs", f"{ids.name} has no fixed number of ids per row of {x.name}", ids.name)
+        if not self.indexed:
+            region.scores = self._scores(region)
         return self._effects(region, set(inside), self._boundary(inside)) or region
+
+    def _scores(self, region: Region) -> Node | None:
+        """The last [T, E] (else [E, T]) float matrix made from the ids and not from x."""
+        flow = self.flow
+        hot = {region.x}
+        found: list[tuple[bool, int, Node]] = []
+        for node in region.nodes:
+            t = tensor(node)
+            if any(p in hot for p in flow.preds[node]):
+                hot.add(node)
+            elif t is not None and t.ndim == 2 and node not in flow.integers and node not in self.derived:
+                by_token = same(t.shape[1], self.experts)
+                if by_token or same(t.shape[0], self.experts):
+                    found.append((by_token, flow.position[node], node))
+        return max(found, key=lambda f: f[:2])[2] if found else None
 
     def _absorb(self, inside: set[Node], ids: Node) -> None:
         """Adds what only the block uses and what carries no data: reshapes, casts of parameters, fills, assertions."""
@@ -298,15 +339,15 @@ class _Finder:
                     continue
                 sources = [p for p in flow.preds[node] if tensors(p)]
                 own = all(u in inside or flow.is_assertion(u) for u in flow.users(node))
-                of_weights = bool(sources) and all(p in self.weights or p in inside for p in sources)
                 spread = own and target_name(node) in _SPREADS and len(sources) == 1 and tensor(node) is not None
                 fill = target_name(node) in _FILLS and all(p in inside or self._keeps_nothing(node) for p in sources)
-                if tensors(node) and ((of_weights and self._reads_weights(node)) or spread or (fill and own)):
+                if tensors(node) and (node in self.derived or spread or (fill and own)):
                     inside.add(node)
                     grew = True
 
-    def _reads_weights(self, node: Node) -> bool:
-        return any(p in self.weights for p in self.flow.preds[node]) or node in self.views
+    def _only_shape(self, node: Node, inside: set[Node]) -> bool:
+        """Whether the block asks ``node`` for its shape and dtype alone (``full_like(node, …)``)."""
+        return all(target_name(u) in _FILLS and self._keeps_nothing(u) for u in self.flow.users(node) if u in inside)
 
     @staticmethod
     def _keeps_nothing(node: Node) -> bool:
@@ -317,7 +358,7 @@ class _Finder:
         return [p for p in reads if p not in inside]
 
     def _classify(
-        self, boundary: list[Node], ids: Node
+        self, boundary: list[Node], inside: set[Node], ids: Node
     ) -> tuple[Node, Node | None, list[Node], list[Node]] | Reject:
         """The boundary as (x, routing weights, other parameters, sizes)."""
         params: list[Node] = []
@@ -328,7 +369,9 @@ class _Finder:
             if node is ids or node in self.params:
                 continue
             t = tensor(node)
-            if not tensors(node):
+            if not tensors(node) and free_unbacked_symbols(value(node)):
+                return Reject("find.inputs", f"reads {node.name}, a size that depends on data", node.name)
+            if not tensors(node) or self._only_shape(node, inside):
                 sizes.append(node)
             elif t is None or node in self.flow.integers:
                 return Reject("find.inputs", f"reads {node.name} besides the ids {ids.name}", node.name)
@@ -377,6 +420,8 @@ class _Finder:
         flow = self.flow
         end = flow.position[region.out]
         for node in region.nodes:
+            if node in self.derived:
+                continue  # stays in the graph for its other readers
             late = node is region.out or node in region.aliases
             for user in flow.users(node):
                 if user not in inside and not flow.is_assertion(user) and not (late and flow.position[user] > end):

@@ -22,7 +22,9 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
     with graph.inserting_before(region.out.next):
         x = _flat(graph, region.x, region.hidden)
         ids = _flat(graph, region.ids, region.top_k)
-        if region.weights is None:
+        if region.scores is not None:
+            weights = _gather(graph, region, ids)
+        elif region.weights is None:
             weights = _call(graph, "call_function", torch.ones_like, (ids,), {"dtype": tensor(region.x).dtype})  # type: ignore[union-attr]
         else:
             weights = _flat(graph, region.weights, region.top_k)
@@ -39,8 +41,19 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
         for user in list(node.users):
             if not tensors(user) and not user.users and user.op != "output":
                 graph.erase_node(user)  # assertions about the block's inner sizes
-        graph.erase_node(node)
+        if not node.users:  # what computes ``scores``, or is shared with readers outside, stays
+            graph.erase_node(node)
     return y
+
+
+def _gather(graph: Graph, region: Region, ids: Node) -> Node:
+    """The routing weights [T, k] out of a dense matrix of scores."""
+    scores = region.scores
+    assert scores is not None
+    by_token = same(tensor(scores).shape[1], region.down.sizes[0])  # type: ignore[union-attr]
+    if not by_token:
+        scores = _call(graph, "call_method", "transpose", (scores, 0, 1))
+    return _call(graph, "call_method", "gather", (scores, 1, _call(graph, "call_method", "long", (ids,))))
 
 
 def _following(node: Node) -> list[Node]:

@@ -108,6 +108,8 @@ class Sampler:
                 values[node] = operands[node] = self._normal(shape, kind, 0.5)
             else:
                 values[node] = self._normal(shape, kind, 1.0)
+                if dtype is not None and node is region.x:
+                    values[node] *= self._row_scales(shape)
         x = values[region.x].reshape(-1, region.hidden)
         weights = torch.ones(tokens, k, dtype=x.dtype) if region.weights is None else values[region.weights]
         label = f"{pattern} routing of {tokens} tokens"
@@ -135,6 +137,13 @@ class Sampler:
 
     def _normal(self, shape: list[int], dtype: torch.dtype, scale: float) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float32).mul_(scale).to(dtype)
+
+    def _row_scales(self, shape: list[int]) -> Tensor:
+        """One factor a row, over decades and beyond every number in the block, so that each limit takes effect in some
+        rows and in some not."""
+        largest = min(max([25.0, *constants(self.region)]), 1e6)
+        exponents = torch.rand([*shape[:-1], 1], generator=self.generator, dtype=torch.float64)
+        return 0.1 * (40 * largest) ** exponents
 
     def _chosen(self, k: int) -> list[int]:
         """Experts whose weights are filled: all, or as many as the memory budget holds."""
@@ -183,6 +192,17 @@ class Sampler:
             if self._tokens(assignment) == tokens:
                 return assignment
         raise ValueError(f"no values of {free} give {tokens} tokens")
+
+
+def constants(region: Region) -> list[float]:
+    """Positive numbers written in the block, ascending."""
+    found = {
+        float(arg)
+        for node in region.nodes
+        for arg in (*node.args, *node.kwargs.values())
+        if isinstance(arg, (int, float)) and not isinstance(arg, bool) and 0 < arg < math.inf
+    }
+    return sorted(found)
 
 
 def id_range(node: Node, buffers: dict[Node, Tensor], depth: int = 40) -> IdRange:

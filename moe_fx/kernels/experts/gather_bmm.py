@@ -24,7 +24,7 @@ CHUNK = 32  # rows whose weights are copied at a time: bounds the memory
 @experts_kernel(
     "gather_bmm",
     capability=replace(ALL, forms=frozenset({"stacked", "flat"})),
-    cost=Cost("per_row", lambda E, T, k: 20, ((1, 0.002),)),
+    cost=Cost("per_row", lambda E, T, k: 20 + T * k / 4, ((1, 0.007),)),
     rank=40,
 )
 def gather_bmm(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:

@@ -26,6 +26,8 @@ ALL = Capability(
     accumulate=DTYPES | {""},
     out_dtypes=DTYPES | {""},
 )
+# One torch.mm per expert, share of peak by rows: bf16, Zen 5, two cores (docs: CPU.md); fp32 through MKL reaches half.
+EFFICIENCY = ((1, 0.04), (2, 0.055), (8, 0.17), (32, 0.43), (128, 0.7), (512, 0.8))
 ANYTHING = Capability(
     devices=Open(ALL.devices),
     dtypes=Open(ALL.dtypes),
@@ -44,7 +46,7 @@ ANYTHING = Capability(
 @experts_kernel(
     "reference",
     capability=ANYTHING,
-    cost=Cost("active", lambda E, T, k: 16 * E, ((1, 0.02), (1024, 0.5))),
+    cost=Cost("active", lambda E, T, k: 16 * E, tuple((rows, 0.8 * share) for rows, share in EFFICIENCY)),
     rank=90,
 )
 def reference(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:

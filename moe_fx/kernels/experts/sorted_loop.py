@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, Matrices
-from moe_fx.kernels.experts.reference import ALL
+from moe_fx.kernels.experts.reference import ALL, EFFICIENCY
 from moe_fx.kernels.experts.rows import (
     Segment,
     activate,
@@ -21,7 +21,7 @@ from moe_fx.kernels.experts.rows import (
     inside,
     sort_rows,
 )
-from moe_fx.kernels.registry import Cost, experts_kernel
+from moe_fx.kernels.registry import Cost, experts_kernel, touched
 from moe_fx.reference.experts import _norm
 from moe_fx.spec import MoESpec
 
@@ -31,7 +31,7 @@ CHUNK = 256  # rows that share one activation call: few calls at small T, inside
 @experts_kernel(
     "sorted_loop",
     capability=ALL,
-    cost=Cost("active", lambda E, T, k: 4 * E + 20, ((1, 0.02), (1024, 0.8))),
+    cost=Cost("active", lambda E, T, k: 18 + 4 * touched(E, T, k), EFFICIENCY),
     rank=20,
 )
 def sorted_loop(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:
@@ -63,14 +63,19 @@ def _products(inputs: Tensor, matrices: Matrices, chunk: list[Segment], out: Ten
     """inputs [n, in] of the chunk's rows times each row's own matrix → [n, out], in the dtype of inputs."""
     if out is None:
         out = inputs.new_empty((inputs.shape[0], matrices[0].shape[0]))
-    base = chunk[0][1]
-    for expert, start, stop in chunk:
-        span = slice(start - base, stop - base)
-        torch.mm(inputs[span], matrices[expert].to(inputs.dtype).t(), out=out[span])
+    sizes = [stop - start for _, start, stop in chunk]
+    if isinstance(matrices, Tensor):
+        whole = matrices.transpose(1, 2)
+        chosen = [whole[expert] for expert, _, _ in chunk]
+    else:
+        chosen = [matrices[expert].t() for expert, _, _ in chunk]
+    cast = chosen[0].dtype != inputs.dtype
+    for rows, matrix, result in zip(inputs.split(sizes), chosen, out.split(sizes), strict=True):
+        torch.mm(rows, matrix.to(inputs.dtype) if cast else matrix, out=result)
     return out
 
 
 def _add_biases(rows: Tensor, biases: Matrices, chunk: list[Segment]) -> None:
-    base = chunk[0][1]
-    for expert, start, stop in chunk:
-        rows[start - base : stop - base].add_(biases[expert].to(rows.dtype))
+    sizes = [stop - start for _, start, stop in chunk]
+    for (expert, _, _), part in zip(chunk, rows.split(sizes), strict=True):
+        part.add_(biases[expert].to(rows.dtype))

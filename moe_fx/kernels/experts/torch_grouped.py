@@ -26,6 +26,7 @@ CAPABILITY = replace(
     dtypes=frozenset({"bfloat16"}),
     forms=frozenset({"stacked", "flat"}),
     compute_dtypes=frozenset({"", "bfloat16"}),
+    packages=frozenset({"torch.grouped_mm"}),
     size_multiple=8,  # grouped_mm wants strides of 16 bytes, 8 elements of bfloat16
 )
 
@@ -33,13 +34,13 @@ CAPABILITY = replace(
 @experts_kernel(
     "torch_grouped",
     capability=CAPABILITY,
-    cost=Cost("active", lambda E, T, k: 30, ((1, 0.02), (1024, 0.8))),
+    cost=Cost("active", lambda E, T, k: 24, ((1, 0.04), (2, 0.055), (8, 0.17), (32, 0.43), (128, 0.66), (512, 0.7))),
     rank=10,
 )
 def torch_grouped(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:
     """x [T, H], ids [T, k], weights [T, k], stacked bf16 weights → y [T, H].  Runs below autograd.
 
-    Raises MoEFxRuntimeError if a weight does not start and step at multiples of 16 bytes.
+    Raises MoEFxRuntimeError if a weight does not step (on a GPU: start) at multiples of 16 bytes.
     """
     if not ids.numel():
         return empty_result(x, spec)
@@ -69,7 +70,8 @@ def _product(inputs: Tensor, matrices: Matrices, ends: Tensor) -> Tensor:
     """inputs [S, in] by expert, matrices [E, out, in] → [S, out]; rows from ends[-1] on are undefined."""
     assert isinstance(matrices, Tensor)
     row = max(matrices.stride(1), matrices.stride(2))
-    if matrices.data_ptr() % 16 or row % 8 or matrices.stride(0) % 8 or 1 not in matrices.stride()[1:]:
+    unaligned = matrices.is_cuda and matrices.data_ptr() % 16  # a CPU takes any address (memory-mapped checkpoints)
+    if unaligned or row % 8 or matrices.stride(0) % 8 or 1 not in matrices.stride()[1:]:
         raise MoEFxRuntimeError(
             "kernel 'torch_grouped' needs weights that start and step at multiples of 16 bytes; these have strides "
             f"{tuple(matrices.stride())} at address {matrices.data_ptr():#x}: use layout='stacked' or another kernel"

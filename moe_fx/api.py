@@ -1,0 +1,53 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from moe_fx import backend
+from moe_fx.options import resolve
+from moe_fx.report import RECORDER, Report
+from moe_fx.weights import STORE
+
+
+def compile(model: Any, *, fullgraph: bool = False, dynamic: bool | None = None, **options: Any) -> Any:
+    """``torch.compile(model, backend="moe_fx", options=options)``, with the options checked now.
+
+    Raises MoEFxOptionError.  Also works where the entry point is not installed (a checkout on the path).
+    """
+    resolve(options)
+    return torch.compile(model, backend=backend.moe_fx, fullgraph=fullgraph, dynamic=dynamic, options=options)
+
+
+def last_report() -> Report:
+    """What the most recent torch.compile wrapper that compiled something found: all its graphs, frames and recompiles."""
+    return RECORDER.snapshot()
+
+
+def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Compiles ``model`` once for these arguments with the rest of the graph left to eager, and returns the report.
+
+    The model is run once, without gradients unless grad mode is on and an argument requires them; nothing is changed.
+    """
+    chosen = {"inner_backend": "eager", **(options or {})}
+    RECORDER.begin(object())
+    torch.compile(model, backend=backend.moe_fx, options=chosen)(*args, **kwargs)
+    return RECORDER.snapshot()
+
+
+def reset() -> None:
+    """Forgets reports, verdicts and packed weights.  Code that is compiled already stays valid."""
+    backend.reset()
+    STORE.clear()
+
+
+def invalidate(model: Module | None = None) -> int:
+    """Drops packed copies of ``model``'s weights (of all models: None), which the next call packs anew; returns how many.
+
+    Needed only with ``memory="copy"`` or ``"replace"``, after writes that no key can see: ``p.data.mul_()``, a NumPy
+    view, another process.  The default ``memory="view"`` reads the model's own storage and is always right.
+    """
+    return STORE.invalidate(model)

@@ -1,0 +1,202 @@
+"""Every registered experts kernel, over all that its capability claims, against the reference in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import moe_fx.kernels.experts  # noqa: F401  registers the kernels
+from moe_fx.binding import Experts
+from moe_fx.hardware import detect
+from moe_fx.kernels.experts.backward import experts_backward
+from moe_fx.kernels.registry import KERNELS, Kernel, kernel
+from moe_fx.reasons import MoEFxRuntimeError
+from moe_fx.reference import experts_backward as reference_backward
+from moe_fx.reference import experts_forward
+
+from .cases import Block, Case, E, H, K, assert_as_exact, error, make, sample
+
+COUNT = 100
+HERE = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+DEVICES = [pytest.param(d, marks=[pytest.mark.gpu] * (d != "cpu")) for d in HERE]
+INSTALLED = detect(torch.device("cpu")).installed
+RUNNABLE = [k for k in KERNELS.values() if k.capability.packages <= INSTALLED and k.capability.devices & set(HERE)]
+CASES = {k.name: sample(k.capability, COUNT) for k in RUNNABLE}
+
+
+@pytest.fixture(autouse=True)
+def _below_autograd() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def check_forward(chosen: Kernel, case: Case, block: Block) -> None:
+    before = [t.clone() for t in (block.x, block.weights, *block.operands)]
+    y = chosen.forward(block.x, block.ids, block.weights, block.experts, case.spec)
+    usual = experts_forward(block.x, block.ids, block.weights, block.experts, case.spec)
+    exact = block.exact()
+    truth = experts_forward(exact.x, exact.ids, exact.weights, exact.experts, case.exact_spec)
+    assert_as_exact(y, usual, truth, case.eps, f"{chosen.name} {case}")
+    after = (block.x, block.weights, *block.operands)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was written to"
+
+
+def check_backward(case: Case, block: Block, seed: int = 0) -> None:
+    dtype = getattr(torch, case.out_dtype) if case.out_dtype else block.x.dtype
+    dy = torch.randn(block.x.shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(block.x.device)
+    exact = block.exact()
+    ours, usual, truth = block.zeros(), block.zeros(), exact.zeros()
+    spec = case.spec
+
+    def views(grads: list[torch.Tensor]) -> Experts:
+        return replace_operands(block, grads).experts
+
+    results = [
+        (experts_backward(dy, block.x, block.ids, block.weights, block.experts, spec, views(ours)), ours),
+        (reference_backward(dy, block.x, block.ids, block.weights, block.experts, spec, views(usual)), usual),
+        (
+            reference_backward(
+                dy.double(), exact.x, exact.ids, exact.weights, exact.experts, case.exact_spec, views(truth)
+            ),
+            truth,
+        ),
+    ]
+    names = ["dx", "dweights", *(f"gradient of operand {i}" for i in range(len(ours)))]
+    for name, *parts in zip(names, *((*first, *grads) for first, grads in results), strict=True):
+        assert_as_exact(*parts, case.eps, f"{name} of {case}")
+    frozen = experts_backward(dy, block.x, block.ids, block.weights, block.experts, spec, None)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, results[0][0], strict=True))
+
+
+def replace_operands(block: Block, operands: list[torch.Tensor]) -> Block:
+    return replace(block, operands=operands)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index", range(COUNT))
+@pytest.mark.parametrize("name", [k.name for k in RUNNABLE])
+def test_forward(name: str, index: int, device: str) -> None:
+    chosen = kernel(name)
+    if device not in chosen.capability.devices:
+        pytest.skip(f"{name} does not run on {device}")
+    case = CASES[name][index]
+    check_forward(chosen, case, make(case, index, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index", range(COUNT))
+def test_backward(index: int, device: str) -> None:
+    case = CASES["reference"][index]
+    check_backward(case, make(case, index, device), index)
+
+
+EDGES = {
+    "no_token": lambda b: replace(b, x=b.x[:0], ids=b.ids[:0], weights=b.weights[:0]),
+    "one_token": lambda b: replace(b, x=b.x[3:4], ids=b.ids[3:4], weights=b.weights[3:4]),
+    "one_sentinel": lambda b: replace(b, x=b.x[:1], ids=torch.full_like(b.ids[:1], E + 3), weights=b.weights[:1]),
+    "all_to_one": lambda b: replace(b, ids=torch.full_like(b.ids, 4)),
+    "all_outside": lambda b: replace(b, ids=torch.where(b.ids % 2 == 0, -1, E).to(b.ids.dtype)),
+    "far_outside": lambda b: replace(b, ids=torch.where(b.ids % 2 == 0, b.ids, 2**31 - 1).to(b.ids.dtype)),
+    "strided_x": lambda b: replace(b, x=torch.stack([b.x, b.x + 1], dim=2)[:, :, 0]),
+    "transposed_x": lambda b: replace(b, x=b.x.t().contiguous().t()),
+    "strided_ids": lambda b: replace(b, ids=b.ids.t().contiguous().t(), weights=b.weights.t().contiguous().t()),
+    "int32": lambda b: replace(b, ids=b.ids.int()),
+    "fp32_weights": lambda b: replace(b, weights=b.weights.float()),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("name", [k.name for k in RUNNABLE])
+def test_edges(name: str, edge: str) -> None:
+    """bfloat16 wherever a kernel takes it; with biases, which a sentinel must not add."""
+    chosen = kernel(name)
+    dtype = "bfloat16" if "bfloat16" in chosen.capability.dtypes else sorted(chosen.capability.dtypes)[0]
+    biases = chosen.capability.biases
+    for weight_on in chosen.capability.weight_on:
+        case = Case(dtype=dtype, weight_on=weight_on, w13_bias=biases, w2_bias=biases)
+        check_forward(chosen, case, EDGES[edge](make(case)))
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_backward_edges(edge: str, weight_on: str) -> None:
+    case = Case(dtype="bfloat16", weight_on=weight_on, w13_bias=True, w2_bias=True)
+    check_backward(case, EDGES[edge](make(case)))
+
+
+@pytest.mark.parametrize("name", [k.name for k in RUNNABLE])
+def test_sentinels_hide_nan(name: str) -> None:
+    """An id outside [0, E) reads neither its weight nor a row that was never computed."""
+    case = Case(dtype="bfloat16", weight_dtype="float32")
+    block = make(case)
+    outside = (block.ids < 0) | (block.ids >= E)
+    assert outside.any()
+    clean = kernel(name).forward(block.x, block.ids, block.weights, block.experts, case.spec)
+    poisoned = block.weights.masked_fill(outside, float("nan"))
+    assert torch.equal(kernel(name).forward(block.x, block.ids, poisoned, block.experts, case.spec), clean)
+
+
+def test_grouped_refuses_odd_strides() -> None:
+    """A named error with advice, not torch's message about bytes."""
+    case = Case(dtype="bfloat16")
+    block = make(case)
+    w2 = block.operands[1]
+    padded = torch.cat([w2, w2[..., :3]], dim=2)[..., : w2.shape[2]]
+    block.operands[1] = padded
+    with pytest.raises(MoEFxRuntimeError, match="16 bytes"):
+        kernel("torch_grouped").forward(block.x, block.ids, block.weights, block.experts, case.spec)
+
+
+def test_one_expert_reads_one_expert() -> None:
+    """sorted_loop and the backward touch no expert without tokens: theirs may hold anything."""
+    case = Case(dtype="float32", form="list")
+    block = make(case)
+    block.ids.fill_(2)
+    expected = kernel("sorted_loop").forward(block.x, block.ids, block.weights, block.experts, case.spec)
+    for operand in [o for i, o in enumerate(block.operands) if i % E != 2]:
+        operand.fill_(float("nan"))
+    y = kernel("sorted_loop").forward(block.x, block.ids, block.weights, block.experts, case.spec)
+    assert torch.equal(y, expected)
+    grads = block.zeros()
+    dx, dweights = experts_backward(
+        torch.ones_like(block.x),
+        block.x,
+        block.ids,
+        block.weights,
+        block.experts,
+        case.spec,
+        replace_operands(block, grads).experts,
+    )
+    assert torch.isfinite(dx).all()
+    assert torch.isfinite(dweights).all()
+    assert all(bool(g.any()) == (i % E == 2) for i, g in enumerate(grads))
+
+
+MUTANTS = {
+    "gate and up swapped": lambda b: replace(b, binding=make(replace(BASE, order="up_gate")).binding),
+    "interleaved read as halves": lambda b: replace(b, binding=make(replace(BASE, order="interleaved")).binding),
+    "no down bias": lambda b: replace(b, operands=[*b.operands[:3], torch.zeros_like(b.operands[3])]),
+    "no up bias": lambda b: replace(b, operands=[*b.operands[:2], torch.zeros_like(b.operands[2]), b.operands[3]]),
+    "experts off by one": lambda b: replace(b, ids=(b.ids + 1).where((b.ids >= 0) & (b.ids < E), b.ids)),
+    "weights of another slot": lambda b: replace(b, weights=b.weights.roll(1, 1)),
+    "one k less": lambda b: replace(b, ids=b.ids.index_fill(1, torch.tensor([K - 1]), -1)),
+    "x off by one row": lambda b: replace(b, x=b.x.roll(1, 0)),
+}
+BASE = Case(dtype="bfloat16", w13_bias=True, w2_bias=True)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("name", [k.name for k in RUNNABLE])
+def test_mutants_are_caught(name: str, mutant: str) -> None:
+    """The tolerance rule sees each seeded defect with room to spare."""
+    block = make(BASE)
+    exact = block.exact()
+    truth = experts_forward(exact.x, exact.ids, exact.weights, exact.experts, BASE.exact_spec)
+    usual = experts_forward(block.x, block.ids, block.weights, block.experts, BASE.spec)
+    wrong = MUTANTS[mutant](block)
+    y = kernel(name).forward(wrong.x, wrong.ids, wrong.weights, wrong.experts, BASE.spec)
+    assert error(y, truth) > 4 * (2 * error(usual, truth) + 4 * BASE.eps)
+    assert y.shape[1] == H
