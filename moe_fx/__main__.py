@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "zoo":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.parse_args(argv)  # says what it does not know, and exits
     args.rest = rest
     try:
         return int(args.run(args))
@@ -72,18 +72,15 @@ def _explain(args: argparse.Namespace) -> int:
     model, inputs, keywords = _model(args)
     with torch.no_grad():
         report = moe_fx.explain(model, *inputs, options=args.options, **keywords)
-    if args.json:
-        print(json.dumps(report.to_json(), indent=1))
-    else:
-        rich_print(report)
+    print(json.dumps(report.to_json(), indent=1)) if args.json else rich_print(report)
     return 0
 
 
 def _model(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(model, args, kwargs) of one forward, by the user's callable or from a transformers configuration."""
     module, colon, name = args.model.partition(":")
-    if colon and not Path(args.model).exists():
-        sys.path.insert(0, "")  # as `python -m` does: the user's module may lie in the working directory
+    if colon:
+        sys.path.insert(0, "")  # the user's module may lie in the working directory
         try:
             build = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
@@ -120,9 +117,8 @@ def _model(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, An
 
 def _config(name: str, transformers: Any) -> Any:
     """The configuration of a model type, a config.json, or a folder that holds one."""
-    path = Path(name)
-    if path.exists():
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if Path(name).exists():
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     try:
         return transformers.AutoConfig.for_model(name)
     except ValueError as error:

@@ -218,7 +218,8 @@ def _table(*columns: str, title: str = "") -> Any:
 
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column.startswith("T=") else "left")
+        fixed = column in ("candidate", "vetoed", "")
+        table.add_column(column, overflow="fold", no_wrap=fixed, justify="right" if column.startswith("T=") else "left")
     return table
 
 
@@ -262,17 +263,26 @@ def _fused_details(number: int, site: Site) -> Iterator[RenderableType]:
         yield _text(f"    note     {site.note}")
     live = [v for v in plan.verdicts if v.status != "vetoed"]
     if live:
-        table = _table("candidate", "", *(f"T={t}" for t in plan.priced_at), title="price of one forward, µs")
+        table = _table("candidate", "", *(f"T={t}" for t in plan.priced_at), title="price of one forward")
         for verdict in sorted(live, key=lambda v: v.status):
-            prices = [f"{p:,.0f}" if p >= 100 else f"{p:.3g}" for p in verdict.price_us]
-            table.add_row(verdict.candidate, verdict.status, *prices)
+            table.add_row(verdict.candidate, verdict.status, *map(_price, verdict.price_us))
         yield table
-    vetoed = [v for v in plan.verdicts if v.status == "vetoed"]
+    vetoed: dict[str, list[str]] = {}
+    for verdict in plan.verdicts:
+        if verdict.status == "vetoed":
+            vetoed.setdefault("\n".join(f"{r.code}: {r.text}" for r in verdict.reasons), []).append(verdict.candidate)
     if vetoed:
         table = _table("vetoed", "reasons")
-        for verdict in vetoed:
-            table.add_row(verdict.candidate, _text("\n".join(f"{r.code}: {r.text}" for r in verdict.reasons)))
+        for reasons, candidates in vetoed.items():
+            table.add_row("\n".join(candidates), _text(reasons))
         yield table
+
+
+def _price(us: float) -> str:
+    """439 → "439 µs", 1_250 → "1.25 ms"."""
+    scale, unit = next((s, u) for s, u in ((1e6, "s"), (1e3, "ms"), (0.0, "µs")) if us >= s)
+    value = us / (scale or 1.0)
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def _span(low: int, high: int | None) -> str:

@@ -56,11 +56,11 @@ def find_banks(flow: Dataflow, weights: set[Node]) -> list[Bank]:
 def partners(flow: Dataflow, banks: list[Bank], down: Bank) -> list[list[Bank]]:
     """Up projections that may belong to ``down``: the nearest fitting bank before it that it depends on, or the nearest
     two of one size that do not depend on each other (gate and up apart), which come first."""
-    fitting = [b for b in banks if _fits(b, down) and flow.depends(down.uses[-1], b.uses[0])]
+    fitting = [b for b in banks if _fits(b, down) and flow.depends(down.uses[-1], b.uses[-1])]
     if not fitting:
         return []
     last = fitting[-1]
-    pairs = [b for b in fitting[:-1] if b.sizes == last.sizes and not flow.depends(last.uses[0], b.uses[0])]
+    pairs = [b for b in fitting[:-1] if b.sizes == last.sizes and not flow.depends(last.uses[-1], b.uses[-1])]
     return [[pairs[-1], last], [last]] if pairs else [[last]]
 
 

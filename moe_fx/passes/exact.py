@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from moe_fx.passes.dataflow import target_name_of
@@ -35,10 +35,12 @@ class Product:
 
 @dataclass
 class Watch:
-    """tags: storage address → the parameters that its values come from alone.  products: in order of execution."""
+    """tags: storage address → the parameters that its values come from alone.  products: in order of execution.
+    values: node name → its tensor when it was computed."""
 
     tags: dict[int, Tag] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
+    values: dict[str, Tensor] = field(default_factory=dict)
     keep: list[Tensor] = field(default_factory=list)  # addresses stay unique while their tensors live
     _results: dict[int, Product] = field(default_factory=dict)
 
@@ -162,6 +164,13 @@ class _Runner(Interpreter):
     def __init__(self, module: GraphModule, mode: Exact):
         super().__init__(module)
         self.mode = mode
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        if self.mode.watch is not None and isinstance(out, Tensor) and n.op.startswith("call"):
+            with _disable_current_modes():
+                self.mode.watch.values[n.name] = out.detach().clone()
+        return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target_name_of(target) not in _REPLACED:

@@ -29,7 +29,7 @@ def fingerprint(region: Region, *context: object) -> str:
         args = _text((node.args, node.kwargs), names, symbols)
         lines.append(f"n{i} {node.op} {target_name(node)} {getattr(node.target, '__module__', '')} {args}")
         lines.append(_describe(value(node), symbols, {}))
-    routing = [names.get(n, "-") for n in (region.x, region.ids, region.weights, region.out) if n is not None]
+    routing = [names.get(n, "-") for n in (region.x, region.ids, region.weights, region.out, region.end, region.scores) if n is not None]
     lines.append(f"{routing} {[names[a] for a in region.aliases]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]
 

@@ -29,6 +29,7 @@ from moe_fx.reference import ACTIVATIONS
 from moe_fx.spec import CombineSpec, DTypeName, ExpertSpec, MoESpec, Norm
 
 _CLOSE = 1e-9
+_MOST = 4  # activations proposed: one is right, and several only where samples cannot tell them apart
 _ORDERS: tuple[Order, ...] = get_args(Order)
 
 
@@ -41,64 +42,19 @@ class Proposal:
     operands: tuple[Node, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Seen:
-    """The projections of one run: rows into and out of the up banks (by bank) and the down bank."""
+    """ups: what left each up bank.  hidden: what entered the down bank.  All [n, .] with the same rows, or (dense
+    spellings) tensors of one shape.  biases: the parameters added after each bank's products, the down bank's last."""
 
-    ups: list[tuple[Tensor, Tensor]]
-    down: tuple[Tensor, Tensor]
-    up_bias: list[Node]
-    down_bias: list[Node]
-
-
-def propose(region: Region, sampler: Sampler) -> list[Proposal] | Reject:
-    """Proposals, likeliest first; or why there is none."""
-    module = region.module()
-    sample = sampler.draw(sampler.token_counts()[-1], "random", torch.float64)
-    watch = Watch()
-    for node, t in sample.operands.items():
-        watch.tag(t, node.name)
-    try:
-        with torch.no_grad():
-            run_exact(module, sample.inputs, watch)
-    except Exception as error:  # any failure of the user's code on samples means: not understood
-        return Reject("verify.run", f"{type(error).__name__}: {error}", region.out.name)
-    seen = _projections(region, watch)
-    if isinstance(seen, Reject):
-        return seen
-    found = list(_activations(region, seen))
-    if not found:
-        return Reject("match.activation", _nearest_activation(region), region.down.uses[0].name)
-    return [p for parts in found for p in _proposals(region, seen, parts)]
-
-
-def _projections(region: Region, watch: Watch) -> _Seen | Reject:
-    """Sorts the watched products into up and down, in order of execution."""
-    names = [{p.name for p in bank.params} for bank in (*region.ups, region.down)]
-    by_bank: dict[int, list[Product]] = {}
-    for product in watch.products:
-        bank = next((i for i, members in enumerate(names) if product.tag & members), None)
-        if bank is not None:
-            by_bank.setdefault(bank, []).append(product)
-    if len(by_bank) != len(region.ups) + 1:
-        return Reject("match.products", "not every expert weight takes part in a matrix product", region.out.name)
-
-    def rows(bank: int) -> tuple[Tensor, Tensor]:
-        products = by_bank[bank]
-        return torch.cat([p.rows for p in products]), torch.cat([p.out for p in products])
-
-    def bias(bank: int) -> list[Node]:
-        tags = frozenset().union(*(p.bias for p in by_bank[bank]))
-        return [n for n in region.params if n.name in tags]
-
-    last = len(region.ups)
-    ups = [rows(i) for i in range(last)]
-    return _Seen(ups, rows(last), [b for i in range(last) for b in bias(i)], bias(last))
+    ups: tuple[Tensor, ...]
+    hidden: Tensor
+    biases: tuple[tuple[Node, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What the values decided: activation, its parameters, order of gate and up, and which up bank is the gate."""
+    """What the values decided: activation, its parameters, order of gate and up, the up banks as (gate, up)."""
 
     act: str
     params: tuple[float, ...]
@@ -107,34 +63,93 @@ class _Parts:
     banks: tuple[Bank, ...]
 
 
+def propose(region: Region, sampler: Sampler) -> list[Proposal] | Reject:
+    """Proposals, likeliest first; or why there is none."""
+    sample = sampler.draw(sampler.token_counts()[0], "random", torch.float64)
+    watch = Watch()
+    for node, t in sample.operands.items():
+        watch.tag(t, node.name)
+    try:
+        with torch.no_grad():
+            run_exact(region.module(), sample.inputs, watch)
+    except Exception as error:  # any failure of the user's code on samples means: not understood
+        return Reject("verify.run", f"{type(error).__name__}: {error}".splitlines()[0], region.out.name)
+    views = [seen for seen in (_by_product(region, watch), *_by_node(region, watch)) if seen is not None]
+    if not views:
+        return Reject("match.products", "not every expert weight takes part in a matrix product", region.out.name)
+    for seen in views:
+        if found := list(itertools.islice(_activations(region, seen), _MOST)):
+            return [p for parts in found for p in _proposals(region, seen, parts)] or Reject(
+                "match.shapes", f"experts {region.down.sizes} do not map {region.hidden} to itself", region.out.name
+            )
+    return Reject("match.activation", _nearest_activation(region), region.down.uses[0].name)
+
+
+def _by_product(region: Region, watch: Watch) -> _Seen | None:
+    """The watched products of each bank in order of execution, their rows one after the other."""
+    banks = (*region.ups, region.down)
+    names = [{p.name for p in bank.params} for bank in banks]
+    products: list[list[Product]] = [[] for _ in banks]
+    for product in watch.products:
+        for i, members in enumerate(names):
+            if product.tag & members:
+                products[i].append(product)
+    if not all(products):
+        return None
+
+    def bias(group: list[Product]) -> tuple[Node, ...]:
+        tags = frozenset().union(*(p.bias for p in group))
+        return tuple(n for n in region.params if n.name in tags)
+
+    ups = tuple(torch.cat([p.out for p in group]) for group in products[:-1] if _one_width(group))
+    if len(ups) != len(region.ups) or not _one_width(products[-1]):
+        return None
+    hidden = torch.cat([p.rows for p in products[-1]])
+    return _Seen(ups, hidden, tuple(bias(group) for group in products))
+
+
+def _one_width(group: list[Product]) -> bool:
+    return len({(p.rows.shape[-1], p.out.shape[-1]) for p in group}) == 1
+
+
+def _by_node(region: Region, watch: Watch) -> Iterator[_Seen]:
+    """For products that an einsum folded otherwise: the values of the nodes themselves, which keep their shape from the
+    up projections through a pointwise activation."""
+    ups = [watch.values.get(bank.uses[-1].name) for bank in region.ups]
+    if any(u is None for u in ups):
+        return
+    inner = _inner(region)
+    for node in reversed(region.nodes):
+        hidden = watch.values.get(node.name)
+        if node in inner and hidden is not None and hidden.is_floating_point():
+            yield _Seen(tuple(u for u in ups if u is not None), hidden, ((),) * (len(ups) + 1))
+
+
 def _activations(region: Region, seen: _Seen) -> Iterator[_Parts]:
     """Every registered activation that turns what leaves the up projection into what enters the down projection."""
-    hidden = seen.down[0]
     numbers = [*constants(region), math.inf]
-    for pair, order, banks in _gate_up_choices(region, seen):
-        gate, up = pair
-        if gate.shape != hidden.shape:
+    for gate, up, order, banks in _gate_up_choices(region, seen):
+        if gate.shape != seen.hidden.shape or (up is not None and up.shape != gate.shape):
             continue
         for (name, gated), act in ACTIVATIONS.items():
-            if gated != (up is not None):
-                continue
-            for params in itertools.product(numbers, repeat=len(act.params)):
-                if _close(act.forward(gate, up, *params), hidden):
-                    yield _Parts(name, params, gated, order, banks)
+            if gated == (up is not None):
+                for params in itertools.product(numbers, repeat=len(act.params)):
+                    if _close(act.forward(gate, up, *params), seen.hidden):
+                        yield _Parts(name, params, gated, order, banks)
 
 
 def _gate_up_choices(
     region: Region, seen: _Seen
-) -> Iterator[tuple[tuple[Tensor, Tensor | None], Order, tuple[Bank, ...]]]:
-    outs = [out for _, out in seen.ups]
-    if len(outs) == 1:
-        (out,) = outs
+) -> Iterator[tuple[Tensor, Tensor | None, Order, tuple[Bank, ...]]]:
+    if len(seen.ups) == 1:
         for order in _ORDERS:
-            yield split_gate_up(out, order), order, tuple(region.ups)
-        yield (out, None), "gate_up", tuple(region.ups)
-    elif len(outs) == 2:
-        yield (outs[0], outs[1]), "gate_up", tuple(region.ups)
-        yield (outs[1], outs[0]), "gate_up", tuple(reversed(region.ups))
+            gate, up = split_gate_up(seen.ups[0], order)
+            yield gate, up, order, tuple(region.ups)
+        yield seen.ups[0], None, "gate_up", tuple(region.ups)
+    else:
+        first, second = seen.ups
+        yield first, second, "gate_up", tuple(region.ups)
+        yield second, first, "gate_up", tuple(reversed(region.ups))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -166,12 +181,12 @@ def _inner(region: Region) -> set[Node]:
 
 def _proposals(region: Region, seen: _Seen, parts: _Parts) -> Iterator[Proposal]:
     h = region.hidden
-    experts, *_ = region.down.sizes
-    inner = seen.down[0].shape[-1]
-    if seen.ups[0][0].shape[-1] != h or seen.down[1].shape[-1] != h:
+    experts, *sizes = region.down.sizes
+    if h not in sizes:
         return
+    inner = sizes[0] if sizes[1] == h else sizes[1]
     norm_nodes = [
-        n for n in region.params if n not in (*seen.up_bias, *seen.down_bias) and tuple(tensor(n).shape) == (h,)  # type: ignore[union-attr]
+        n for n in region.params if n not in itertools.chain(*seen.biases) and tuple(tensor(n).shape) == (h,)  # type: ignore[union-attr]
     ]
     base = ExpertSpec(
         experts,
@@ -180,8 +195,8 @@ def _proposals(region: Region, seen: _Seen, parts: _Parts) -> Iterator[Proposal]
         act=parts.act,
         act_params=parts.params,
         gated=parts.gated,
-        w13_bias=bool(seen.up_bias),
-        w2_bias=bool(seen.down_bias),
+        w13_bias=bool(seen.biases[0]),
+        w2_bias=bool(seen.biases[-1]),
         act_dtype=_act_dtype(region),
         compute_dtype=_compute_dtype(region),
     )
@@ -211,42 +226,36 @@ def _bindings(
 ) -> list[tuple[tuple[Operand, ...], tuple[Node, ...]]]:
     """Ways to read the banks: one, or two per bank whose last two sizes are equal."""
     names = ("w13",) if len(parts.banks) == 1 and parts.gated else ("w1", "w3")[: len(parts.banks)]
-    out_sizes = [seen.ups[region.ups.index(b)][1].shape[-1] for b in parts.banks]
+    out = 2 * inner if len(parts.banks) == 1 and parts.gated else inner
     choices: list[list[Operand]] = []
     operands: list[Node] = []
-    for name, bank, out, size in [
-        *((n, b, o, region.hidden) for n, b, o in zip(names, parts.banks, out_sizes, strict=True)),
+    for name, bank, rows, columns in [
+        *((n, b, out, region.hidden) for n, b in zip(names, parts.banks, strict=True)),
         ("w2", region.down, region.hidden, inner),
     ]:
         form = "stacked" if bank.stacked else "list"
         order = parts.order if name == "w13" else "gate_up"
         _, a, b = bank.sizes
-        turned = [t for t, sizes in ((False, (out, size)), (True, (size, out))) if (a, b) == sizes]
+        turned = [t for t, sizes in ((False, (rows, columns)), (True, (columns, rows))) if (a, b) == sizes]
         choices.append([Operand(name, form, t, order) for t in turned])  # type: ignore[arg-type]
         operands += bank.params
     biases: list[Operand] = []
-    for name, bank, group in [
-        *((n, b, seen.up_bias) for n, b in zip(names, parts.banks, strict=True)),
-        ("w2", region.down, seen.down_bias),
-    ]:
-        mine = _bias_of(bank, group, list(region.ups), single=name == "w13" or name == "w2" or len(names) == 1)
-        if mine:
+    for name, bank in zip((*names, "w2"), (*parts.banks, region.down), strict=True):
+        index = region.ups.index(bank) if bank in region.ups else -1
+        if mine := _by_expert(bank, seen.biases[index]):
             form = "stacked" if len(mine) == 1 else "list"
-            biases.append(Operand(f"{name}_bias", form, False, parts.order if name == "w13" else "gate_up"))  # type: ignore[arg-type]
+            order = parts.order if name == "w13" else "gate_up"
+            biases.append(Operand(f"{name}_bias", form, False, order))  # type: ignore[arg-type]
             operands += mine
     return [((*choice, *biases), tuple(operands)) for choice in itertools.product(*choices)]
 
 
-def _bias_of(bank: Bank, group: list[Node], ups: list[Bank], single: bool) -> list[Node]:
-    """The bias nodes of ``bank`` among those seen, in order of its experts."""
-    nodes = list(group)
-    if not single:
-        half = len(nodes) // 2
-        nodes = nodes[:half] if bank is ups[0] else nodes[half:]
-    if bank.stacked or len(nodes) == 1:
-        return nodes
-    prefix = [str(p.target).rsplit("_parameters_", 1)[0] for p in bank.params]
-    return sorted(nodes, key=lambda n: prefix.index(str(n.target).rsplit("_parameters_", 1)[0]))
+def _by_expert(bank: Bank, biases: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Biases in the order of the bank's experts: those that belong to the same modules."""
+    owners = [str(p.target).rsplit("_parameters_", 1)[0] for p in bank.params]
+    if len(biases) <= 1 or any(str(n.target).rsplit("_parameters_", 1)[0] not in owners for n in biases):
+        return biases
+    return tuple(sorted(biases, key=lambda n: owners.index(str(n.target).rsplit("_parameters_", 1)[0])))
 
 
 def _act_dtype(region: Region) -> DTypeName:

@@ -41,7 +41,8 @@ class Region:
     nodes: in order of position.  x, ids, weights: the nodes it reads (weights None: every chosen expert counts 1).
     scores: an inner dense [T, E] (or [E, T]) routing matrix, where the block does not gather by ids.
     sizes: (symbolic) numbers it reads, and tensors of which it reads only the shape.
-    out: the value that leaves; aliases: nodes whose storage it shares and whose later readers also get the new value.
+    end: the last node; out: the node whose value leaves (``end``, or what ``end`` writes to); aliases: nodes of the same
+    storage whose later readers get the new value too.
     ups, down: its expert weights.  params: other parameters it reads.
     """
 
@@ -49,6 +50,7 @@ class Region:
     x: Node
     ids: Node
     weights: Node | None
+    end: Node
     out: Node
     aliases: list[Node]
     ups: list[Bank]
@@ -106,6 +108,7 @@ def find_regions(graph: Graph, weights: set[Node]) -> Found:
     derived = flow.derived(weights)
     free: list[Bank] = []
     misses: dict[Bank, list[Reject]] = {}
+    tried: set[Bank] = set()
     for down in find_banks(flow, weights):
         for ups in partners(flow, free, down):
             result = _Finder(flow, ups, down, weights, derived).find()
@@ -116,11 +119,12 @@ def find_regions(graph: Graph, weights: set[Node]) -> Found:
                     misses.pop(bank, None)
                 break
             misses.setdefault(down, result)
+            tried.update(ups)
         else:
             free.append(down)
             if down not in misses and (reject := _Finder(flow, [], down, weights, derived).no_partner()):
                 misses[down] = [reject]
-    found.rejects = [(bank.uses[0], rejects) for bank, rejects in misses.items()]
+    found.rejects = [(bank.uses[0], rejects) for bank, rejects in misses.items() if bank not in tried]
     return found
 
 
@@ -226,7 +230,7 @@ class _Finder:
         flow = self.flow
         last_use = max(flow.position[u] for u in self.uses)
         for node in flow.funnels(self.uses, forward=True, keep=lambda n: n in flow.live and n.op != "output"):
-            if flow.position[node] >= last_use and tensors(node):
+            if flow.position[node] >= last_use and (tensors(node) or flow.writes[node]):
                 yield node
 
     def id_candidates(self) -> list[Node]:
@@ -267,8 +271,8 @@ class _Finder:
         return found
 
     def _dense_sources(self) -> set[Node]:
-        """For a block that reads all experts: integers from which a matrix that it multiplies by was scattered, looked
-        for backwards no further than the nearest product."""
+        """For a block that runs all experts on all tokens: integers that pick from its results, or from which a matrix
+        that it multiplies by was scattered, looked for backwards no further than the nearest product."""
         flow = self.flow
         reach = flow.within(self.uses, flow.succs, 0, flow.position[self.uses[-1]] + _DENSE_SPAN)
         stack = [p for n in (*self.uses, *reach) for p in n.all_input_nodes if p not in reach]
@@ -280,11 +284,13 @@ class _Finder:
             if node in seen or node in self.weights or name in PRODUCTS or name in ("topk", "softmax"):
                 continue
             seen.add(node)
-            if name in ("scatter", "one_hot", "scatter_add"):
-                sources |= {p for p in node.all_input_nodes if p in flow.integers}
+            if node in flow.integers:
+                sources.add(node)
+            elif indices := [p for p in node.all_input_nodes if p in flow.integers]:
+                sources.update(indices)
             else:
                 stack += flow.preds[node]
-        return sources
+        return {s for s in sources if s.op != "placeholder" and target_name(s) not in _FILLS}
 
     def _carve(self, ids: Node, end: Node) -> Region | Reject:
         flow = self.flow
@@ -293,7 +299,7 @@ class _Finder:
             return Reject("find.no_exit", "the ids are computed after the result", end.name)
         from_ids = flow.within([ids, *self.uses, *self.views], flow.succs, 0, high) - {ids}
         inside = from_ids & flow.within([end], flow.preds, 0, high)
-        self._absorb(inside, ids)
+        self._absorb(inside, ids, high)
         boundary = self._boundary(inside)
         result = self._classify(boundary, inside, ids)
         if isinstance(result, Reject):
@@ -306,7 +312,7 @@ class _Finder:
         if not same(numel(out), numel(x)):
             return Reject("find.no_exit", f"{out.name} has not as many elements as the hidden states {x.name}", out.name)
         nodes = sorted(inside, key=flow.position.__getitem__)
-        region = Region(nodes, x, ids, weights, out, aliases, self.ups, self.down, params, sizes)
+        region = Region(nodes, x, ids, weights, end, out, aliases, self.ups, self.down, params, sizes)
         if not same(numel(ids) * region.hidden, numel(x) * region.top_k):  # type: ignore[operator]
             return Reject("find.inputs", f"{ids.name} has no fixed number of ids per row of {x.name}", ids.name)
         if not self.indexed:
@@ -328,7 +334,7 @@ class _Finder:
                     found.append((by_token, flow.position[node], node))
         return max(found, key=lambda f: f[:2])[2] if found else None
 
-    def _absorb(self, inside: set[Node], ids: Node) -> None:
+    def _absorb(self, inside: set[Node], ids: Node, high: int) -> None:
         """Adds what only the block uses and what carries no data: reshapes, casts of parameters, fills, assertions."""
         flow = self.flow
         grew = True
@@ -338,12 +344,24 @@ class _Finder:
                 if node.op in ("placeholder", "get_attr") or node is ids or flow.writes[node] or node in self.params:
                     continue
                 sources = [p for p in flow.preds[node] if tensors(p)]
-                own = all(u in inside or flow.is_assertion(u) for u in flow.users(node))
-                spread = own and target_name(node) in _SPREADS and len(sources) == 1 and tensor(node) is not None
+                readers = [u for u in flow.users(node) if u not in inside and not flow.is_assertion(u)]
+                own = all(flow.position[u] > high for u in readers) if target_name(node) in _FILLS else not readers
+                spread = own and len(sources) == 1 and self._spreads(node, sources[0], ids)
                 fill = target_name(node) in _FILLS and all(p in inside or self._keeps_nothing(node) for p in sources)
                 if tensors(node) and (node in self.derived or spread or (fill and own)):
                     inside.add(node)
                     grew = True
+
+    @staticmethod
+    def _spreads(node: Node, source: Node, ids: Node) -> bool:
+        """Whether ``node`` only rearranges ``source``, or picks slots of the routing weights (``w[:, k]``)."""
+        if tensor(node) is None or tensor(source) is None:
+            return False
+        if target_name(node) in _SPREADS:
+            return True
+        return target_name(node) in ("getitem", "__getitem__", "select") and (
+            same(numel(node), numel(source)) or same(numel(source), numel(ids))
+        )
 
     def _only_shape(self, node: Node, inside: set[Node]) -> bool:
         """Whether the block asks ``node`` for its shape and dtype alone (``full_like(node, …)``)."""
@@ -405,24 +423,25 @@ class _Finder:
             end = following
 
     def _leaving(self, inside: set[Node], end: Node) -> tuple[Node | None, list[Node]]:
-        """(the node whose value leaves, others of the same storage read after the end).  An in-place accumulation ends
-        in a write; what is read afterwards is the tensor it wrote to."""
+        """(the node whose value leaves, others of its storage that are read after the end).  An in-place accumulation
+        ends in a write; what is read afterwards is the tensor that it wrote to."""
         flow = self.flow
-        if end in flow.users(end) or tensor(end) is None:
+        out = end if tensor(end) is not None else next(iter(flow.writes[end]), None)
+        if out is None or tensor(out) is None or out not in inside:
             return None, []
-        shared = flow.storages[end]
-        readers = [n for n in inside if n is not end and flow.storages[n] & shared and flow.writes[end]]
-        late = [n for n in readers if any(u not in inside for u in flow.users(n))]
-        return end, late
+        shared = [n for n in inside if n is not out and flow.storages[n] & flow.storages[out]]
+        last = flow.position[end]
+        return out, [n for n in shared if any(flow.position[u] > last for u in flow.users(n))]
 
     def _effects(self, region: Region, inside: set[Node], boundary: list[Node]) -> Reject | None:
         """Values that escape, writes to foreign tensors, mode switches, random numbers."""
         flow = self.flow
-        end = flow.position[region.out]
+        end = flow.position[region.end]
+        shared = flow.storages[region.out]
         for node in region.nodes:
             if node in self.derived:
                 continue  # stays in the graph for its other readers
-            late = node is region.out or node in region.aliases
+            late = node in (region.out, *region.aliases) or any(flow.storages[w] & shared for w in flow.writes[node])
             for user in flow.users(node):
                 if user not in inside and not flow.is_assertion(user) and not (late and flow.position[user] > end):
                     return Reject("find.escape", f"{node.name} is also used by {user.name}", node.name)

@@ -19,7 +19,7 @@ from moe_fx.passes.regions import Region, same
 
 def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node:
     """Replaces ``region`` in ``graph`` and returns the new node; the replaced nodes are erased."""
-    with graph.inserting_before(region.out.next):
+    with graph.inserting_before(region.end.next):
         x = _flat(graph, region.x, region.hidden)
         ids = _flat(graph, region.ids, region.top_k)
         if region.scores is not None:

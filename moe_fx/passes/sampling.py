@@ -85,7 +85,7 @@ class Sampler:
 
     def draw(self, tokens: int, pattern: Pattern, dtype: torch.dtype | None) -> Sample:
         region, k = self.region, self.region.top_k
-        assignment = self._assignment(tokens)
+        tokens, assignment = self._assignment(tokens)
         chosen = self._chosen(k)
         ids = self._ids(tokens, k, pattern, chosen)
         filled = chosen if len(chosen) < self.experts else None
@@ -175,23 +175,19 @@ class Sampler:
             ids = torch.where(mask, torch.tensor([-1, self.experts])[torch.arange(k) % 2], ids)
         return ids
 
-    def _tokens(self, assignment: dict[Any, int]) -> int | None:
-        """Tokens under ``assignment``; None while it depends on a free symbol."""
+    def _assignment(self, tokens: int) -> tuple[int, dict[Any, int]]:
+        """(tokens or the next count that the shapes allow, values of the symbols that give it): all symbols that the
+        number of tokens depends on are 1 but one."""
         size = numel(self.region.x)
-        if _free(size) and not assignment:
-            return None
-        return int(_evaluate(size, assignment)) // self.region.hidden
-
-    def _assignment(self, tokens: int) -> dict[Any, int]:
-        """Values of the symbols that give ``tokens``: all 1 but one of those that the number of tokens depends on."""
-        free = [s for s in self.symbols if s in _free(numel(self.region.x))]
+        free = [s for s in self.symbols if s in _free(size)]
         if not free:
-            return dict.fromkeys(self.symbols, tokens)
-        for symbol in reversed(free):
-            assignment = {s: tokens if s is symbol or s not in free else 1 for s in self.symbols}
-            if self._tokens(assignment) == tokens:
-                return assignment
-        raise ValueError(f"no values of {free} give {tokens} tokens")
+            return tokens, dict.fromkeys(self.symbols, tokens)
+        for count in range(tokens, tokens + 16):
+            for symbol in reversed(free):
+                assignment = {s: count if s is symbol or s not in free else 1 for s in self.symbols}
+                if int(_evaluate(size, assignment)) == count * self.region.hidden:
+                    return count, assignment
+        raise ValueError(f"no values of {free} give {tokens} tokens or a few more")
 
 
 def constants(region: Region) -> list[float]:

@@ -78,7 +78,7 @@ class Sample:
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.gate, self.up, self.down = (torch.randn(s, dtype=DOUBLE) for s in ((E, I, H), (E, I, H), (E, H, I)))
-        self.bg, self.bu, self.bd = (torch.randn(s, dtype=DOUBLE) for s in ((E, I), (E, I), (E, H)))
+        self.b_gate, self.b_up, self.b_down = (torch.randn(s, dtype=DOUBLE) for s in ((E, I), (E, I), (E, H)))
         self.norm = torch.randn(H, dtype=DOUBLE)
         self.x, self.weights = torch.randn(T, H, dtype=DOUBLE), torch.rand(T, K, dtype=DOUBLE)
         self.ids = torch.randint(0, E - 1, (T, K))  # one expert without tokens
@@ -95,8 +95,8 @@ class Sample:
 
         found = [(Operand("w13", order=order), join(self.gate, self.up)), (Operand("w2"), self.down.clone())]
         if bias:
-            found.append((Operand("w13_bias", order=order), join(self.bg, self.bu)))
-            found.append((Operand("w2_bias"), self.bd.clone()))
+            found.append((Operand("w13_bias", order=order), join(self.b_gate, self.b_up)))
+            found.append((Operand("w2_bias"), self.b_down.clone()))
         if norm:
             found.append((Operand("norm"), self.norm.clone()))
         return WeightBinding(tuple(o for o, _ in found)), [t for _, t in found]
@@ -109,9 +109,9 @@ class Sample:
             rows = torch.einsum("th,tke->tkeh", self.x, w)
         else:
             rows = torch.einsum("th,tke->tkeh", self.x, mask)
-        g = torch.einsum("tkeh,eih->tkei", rows, self.gate) + (self.bg if bias else 0)
-        u = torch.einsum("tkeh,eih->tkei", rows, self.up) + (self.bu if bias else 0)
-        out = torch.einsum("tkei,ehi->tkeh", g * torch.sigmoid(g) * u, self.down) + (self.bd if bias else 0)
+        g = torch.einsum("tkeh,eih->tkei", rows, self.gate) + (self.b_gate if bias else 0)
+        u = torch.einsum("tkeh,eih->tkei", rows, self.up) + (self.b_up if bias else 0)
+        out = torch.einsum("tkei,ehi->tkeh", g * torch.sigmoid(g) * u, self.down) + (self.b_down if bias else 0)
         if norm == "rms_input_scaled":
             out = F.rms_norm(out * (1 + self.norm), (H,), eps=1e-5)
         elif norm:
@@ -157,7 +157,7 @@ def test_backward_is_that_of_autograd(weight_on: str, bias: bool, norm: Norm, or
         spec_of(weight_on, bias, norm),
         bind(binding, grads, E),
     )
-    names = ["gate", "up", "down"] + ["bg", "bu", "bd"] * bias + ["norm"] * bool(norm)
+    names = ["gate", "up", "down"] + ["b_gate", "b_up", "b_down"] * bias + ["norm"] * bool(norm)
     leaves = [getattr(sample, n).requires_grad_() for n in ("x", "weights", *names)]
     expected = dict(
         zip(("x", "weights", *names), torch.autograd.grad(sample.dense(weight_on, bias, norm), leaves, dy), strict=True)
@@ -165,14 +165,17 @@ def test_backward_is_that_of_autograd(weight_on: str, bias: bool, norm: Norm, or
     torch.testing.assert_close(dx, expected["x"])
     torch.testing.assert_close(dweights, expected["weights"])
     views = bind(binding, grads, E)
-    for matrices, names in ((views.up[0], ("gate", "up")), *(((views.up_bias[0], ("bg", "bu")),) if bias else ())):
+    for matrices, names in (
+        (views.up[0], ("gate", "up")),
+        *(((views.up_bias[0], ("b_gate", "b_up")),) if bias else ()),
+    ):
         assert isinstance(matrices, Tensor)
         rows = matrices.transpose(1, 2) if matrices.dim() == 3 else matrices
         for actual, name in zip(split_gate_up(rows, views.order), names, strict=True):
             torch.testing.assert_close(actual.transpose(1, 2) if actual.dim() == 3 else actual, expected[name])
     torch.testing.assert_close(views.down, expected["down"])
     if bias:
-        torch.testing.assert_close(views.down_bias, expected["bd"])
+        torch.testing.assert_close(views.down_bias, expected["b_down"])
     if norm:
         torch.testing.assert_close(views.norm, expected["norm"])
 

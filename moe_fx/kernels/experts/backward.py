@@ -30,10 +30,12 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor]:
     """dy [T, H] → (dx [T, H], dweights [T, k]), in the dtypes of x and weights.
 
-    Weight gradients are written into ``grads``: zeros when this is called, viewed exactly as ``experts`` views the
-    weights.  None: the weights are frozen and no product is spent on them.
+    Weight gradients are written into ``grads``, viewed exactly as ``experts`` views the weights; what it holds before
+    is overwritten, with zeros for experts without rows.  None: the weights are frozen and no product is spent on them.
     """
     rows = sort_rows(ids, spec.expert.experts)
+    if grads is not None:
+        _clear(grads, set(range(spec.expert.experts)) - {expert for expert, _, _ in rows.segments})
     if not rows.used:
         return torch.zeros_like(x), torch.zeros_like(weights)
     job = _Job(dy, x, weights, experts, spec, grads, rows)
@@ -80,25 +82,25 @@ class _Job:
         up = self._up(inputs, e)
         hidden = activate(up, experts, spec)
         down = experts.down[e].to(self.dtype)
-        dout = self.dy.index_select(0, token)
+        d_out = self.dy.index_select(0, token)
         on_input = self.spec.combine.weight_on == "input"
         w = self.weights.reshape(-1).index_select(0, flat).unsqueeze(1)
         if on_input or spec.norm:
             if spec.norm:
-                dout = self._norm(hidden @ down.t(), dout, w, e, start, stop)
-            dout = dout.to(self.dtype)
-            dhidden = dout @ down
+                d_out = self._norm(hidden @ down.t(), d_out, w, e, start, stop)
+            d_out = d_out.to(self.dtype)
+            dhidden = d_out @ down
         else:
-            dhidden = dout.to(self.dtype) @ down
+            dhidden = d_out.to(self.dtype) @ down
             dw = (dhidden.to(wide) * hidden).sum(-1)
             if experts.down_bias is not None:
-                dw += (dout.to(wide) * experts.down_bias[e].to(self.dtype)).sum(-1)
+                dw += (d_out.to(wide) * experts.down_bias[e].to(self.dtype)).sum(-1)
             self.dweights[start:stop] = dw
-            dout = (dout * w).to(self.dtype)
+            d_out = (d_out * w).to(self.dtype)
             dhidden = (dhidden * w).to(self.dtype)
         dups = self._activation(up, dhidden)
         if self.grads is not None:
-            self._write(self.grads, e, dout, hidden, dups, inputs)
+            self._write(self.grads, e, d_out, hidden, dups, inputs)
         drows = self.drows[start:stop]
         torch.mm(dups[0], experts.up[0][e].to(self.dtype), out=drows)
         if len(dups) == 2:
@@ -112,7 +114,7 @@ class _Job:
             result += biases[e].to(self.dtype)
         return up
 
-    def _norm(self, out: Tensor, dout: Tensor, w: Tensor, e: int, start: int, stop: int) -> Tensor:
+    def _norm(self, out: Tensor, d_out: Tensor, w: Tensor, e: int, start: int, stop: int) -> Tensor:
         """Through the routing weight (where it is on the output) and the norm: gradient of the down projection."""
         spec, experts = self.spec.expert, self.experts
         assert experts.norm is not None
@@ -120,13 +122,13 @@ class _Job:
             out += experts.down_bias[e].to(self.dtype)
         if self.spec.combine.weight_on == "output":
             normed = _norm(out, experts.norm, spec)
-            self.dweights[start:stop] = (dout.to(self.dweights.dtype) * normed).sum(-1)
-            dout = dout * w
-        dout, dnorm = _norm_backward(dout.to(self.dtype), out, experts.norm, spec)
+            self.dweights[start:stop] = (d_out.to(self.dweights.dtype) * normed).sum(-1)
+            d_out = d_out * w
+        d_out, dnorm = _norm_backward(d_out.to(self.dtype), out, experts.norm, spec)
         if self.grads is not None:
             assert self.grads.norm is not None
             self.grads.norm += dnorm.to(self.grads.norm.dtype)
-        return dout
+        return d_out
 
     def _activation(self, up: list[Tensor], dhidden: Tensor) -> list[Tensor]:
         """Gradients of the up products, one per member of ``experts.up``."""
@@ -139,14 +141,24 @@ class _Job:
             dups = [dgate, dup] if len(up) == 2 else [join_gate_up(dgate, dup, self.experts.order)]
         return [d.to(self.dtype) for d in dups]
 
-    def _write(self, grads: Experts, e: int, dout: Tensor, hidden: Tensor, dups: list[Tensor], inputs: Tensor) -> None:
-        _write_product(grads.down[e], dout, hidden)
+    def _write(self, grads: Experts, e: int, d_out: Tensor, hidden: Tensor, dups: list[Tensor], inputs: Tensor) -> None:
+        _write_product(grads.down[e], d_out, hidden)
         if grads.down_bias is not None:
-            grads.down_bias[e].copy_(dout.sum(0))
+            grads.down_bias[e].copy_(d_out.sum(0))
         for dmatrix, d in zip(grads.up, dups, strict=True):
             _write_product(dmatrix[e], d, inputs)
         for dbias, d in zip(grads.up_bias, dups, strict=False):
             dbias[e].copy_(d.sum(0))
+
+
+def _clear(grads: Experts, unused: set[int]) -> None:
+    """Zeros for the experts that no row reached, and for the norm, to which every expert adds."""
+    biases = grads.up_bias if grads.down_bias is None else (*grads.up_bias, grads.down_bias)
+    for matrices in (*grads.up, grads.down, *biases):
+        for e in unused:
+            matrices[e].zero_()
+    if grads.norm is not None:
+        grads.norm.zero_()
 
 
 def _write_product(target: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,0 +1,51 @@
+# make demo   the main job, end to end, at the true size of Granite-3.0-1B-A400M
+# make quick  the inner loop, under five minutes
+# make test   all that CI runs
+# make full   every cell of every table
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+# each worker of xdist has one thread: two teams of threads on the same cores wait for each other most of the time
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: demo quick test full lint format clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python benchmarks/demo.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+quick: $(STAMP)
+	$(BIN)/ruff check .
+	$(PYTEST) -x -m "not slow and not gpu" --ignore=tests/zoo --ignore=tests/properties
+
+# the tests run even where a linter complains, so that one run shows everything
+test: $(STAMP)
+	@status=0; $(MAKE) --no-print-directory lint || status=1; \
+	$(PYTEST) -m "not slow" || status=1; exit $$status
+
+full: $(STAMP)
+	@status=0; $(MAKE) --no-print-directory lint || status=1; \
+	$(PYTEST) || status=1; exit $$status
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis moe_fx_dump
