@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_fx.api import compile, explain, invalidate, last_report, reset
+    from moe_fx.api import compile, explain, invalidate, last_report, reset  # noqa: A004
     from moe_fx.reasons import (
         MoEFxError,
         MoEFxInternalError,

@@ -13,17 +13,20 @@ from moe_fx.report import RECORDER, Report
 from moe_fx.weights import STORE
 
 
-def compile(model: Any, *, fullgraph: bool = False, dynamic: bool | None = None, **options: Any) -> Any:
+def compile(  # noqa: A001  the public name
+    model: Any, *, fullgraph: bool = False, dynamic: bool | None = None, **options: Any
+) -> Any:
     """``torch.compile(model, backend="moe_fx", options=options)``, with the options checked now.
 
     Raises MoEFxOptionError.  Also works where the entry point is not installed (a checkout on the path).
     """
     resolve(options)
-    return torch.compile(model, backend=backend.moe_fx, fullgraph=fullgraph, dynamic=dynamic, options=options)
+    compiler: Any = torch.compile  # its stub knows options of scalars only
+    return compiler(model, backend=backend.moe_fx, fullgraph=fullgraph, dynamic=dynamic, options=options)
 
 
 def last_report() -> Report:
-    """What the most recent torch.compile wrapper that compiled something found: all its graphs, frames and recompiles."""
+    """What the most recent torch.compile wrapper that compiled found: all its graphs, frames and recompiles."""
     return RECORDER.snapshot()
 
 
@@ -34,7 +37,8 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwa
     """
     chosen = {"inner_backend": "eager", **(options or {})}
     RECORDER.begin(object())
-    torch.compile(model, backend=backend.moe_fx, options=chosen)(*args, **kwargs)
+    compiler: Any = torch.compile
+    compiler(model, backend=backend.moe_fx, options=chosen)(*args, **kwargs)
     return RECORDER.snapshot()
 
 
@@ -45,7 +49,7 @@ def reset() -> None:
 
 
 def invalidate(model: Module | None = None) -> int:
-    """Drops packed copies of ``model``'s weights (of all models: None), which the next call packs anew; returns how many.
+    """Drops packed copies of ``model``'s weights (None: of all models); the next call packs anew.  Returns how many.
 
     Needed only with ``memory="copy"`` or ``"replace"``, after writes that no key can see: ``p.data.mul_()``, a NumPy
     view, another process.  The default ``memory="view"`` reads the model's own storage and is always right.

@@ -1,6 +1,6 @@
 """The pipeline: CAPTURE → FIND → MATCH → PLAN → VERIFY → REWRITE → the inner backend.
 
-``moe_fx`` is the entry point of ``torch.compile(model, backend="moe_fx")``.  Each stage that fails on a block leaves that
+``moe_fx`` is the entry point of ``torch.compile(model, backend="moe_fx")``.  A stage that fails on a block leaves that
 block as it was, with a warning and a report entry; ``strict=True`` raises instead.
 """
 
@@ -18,26 +18,27 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-import moe_fx.kernels.experts  # noqa: F401  registers the built-in kernels
 from moe_fx import ops
 from moe_fx.dump import Dump
 from moe_fx.hardware import Device, detect
+from moe_fx.kernels import experts as _built_in  # noqa: F401  registers the kernels
 from moe_fx.kernels.registry import KERNELS
 from moe_fx.lowerings.dispatch import Dispatch
 from moe_fx.lowerings.inner import compile_inner
 from moe_fx.options import Options, disabled, resolve
 from moe_fx.oracle import Request, choose
 from moe_fx.passes.capture import hooks, hugging_face  # noqa: F401  registers its substitute
+from moe_fx.passes.finder import find_regions
 from moe_fx.passes.fingerprint import fingerprint
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
-from moe_fx.passes.regions import Region, describe, find_regions, graph_parts
+from moe_fx.passes.regions import Region, describe, graph_parts
 from moe_fx.passes.rewrite import rewrite
 from moe_fx.passes.sampling import Sampler, id_range
 from moe_fx.passes.verify import verify
 from moe_fx.plan import Plan
 from moe_fx.reasons import MoEFxError, MoEFxInternalError, MoEFxWarning, Reject
-from moe_fx.report import RECORDER, Site
+from moe_fx.report import RECORDER, Report, Site
 
 ops.install(Dispatch())
 
@@ -58,11 +59,25 @@ def moe_fx(
     for site in sites:
         RECORDER.add(site)
     RECORDER.graph(time.perf_counter() - started)
+    _warn_if_nothing_matched(RECORDER.snapshot())
     dump.report(RECORDER.snapshot())
     return compile_inner(gm, example_inputs, settings)
 
 
 hooks.install(moe_fx)
+
+
+def _warn_if_nothing_matched(report: Report) -> None:
+    """Once for a torch.compile wrapper: silence would look like success."""
+    misses = [site for site in report.sites if site.rejects]
+    if report.num_fused == 0 and misses and not report.warnings:
+        nearest = misses[0]
+        text = (
+            f"no mixture-of-experts block was fused. Nearest: {nearest.fqn or 'a block'}, {nearest.rejects[0]}"
+            f"{' at ' + nearest.source if nearest.source else ''}. moe_fx.last_report() holds every reason"
+        )
+        RECORDER.warn(text)
+        warnings.warn(text, MoEFxWarning, stacklevel=3)
 
 
 def _wrapper() -> object:
@@ -131,9 +146,7 @@ class _Graph:
                 return verdict
         return _Verdict(None, None, rejects=tuple(failed))
 
-    def _decide(
-        self, region: Region, bounds: Any, training: bool, failed: list[Reject], key: str
-    ) -> _Verdict:
+    def _decide(self, region: Region, bounds: Any, training: bool, failed: list[Reject], key: str) -> _Verdict:
         rejects: list[Reject] = []
         proposals: list[Proposal] = []
         with self._stage("match", failed), isolated():
@@ -193,7 +206,8 @@ class _Graph:
             with self._stage("rewrite"):
                 for graph in {id(g): g for g, *_ in accepted}.values():
                     graph.lint()
-                    graph.owning_module.recompile()
+                    if graph.owning_module is not None:
+                        graph.owning_module.recompile()
 
     def _fused(self, region: Region, proposal: Proposal, plan: Plan) -> Site:
         node = region.down.uses[0]
@@ -218,7 +232,7 @@ class _Graph:
 
     @contextmanager
     def _stage(self, name: str, failed: list[Reject] | None = None) -> Iterator[list[Reject]]:
-        """Times a stage; turns any failure of ours into a Reject in the yielded list and a warning, or raises if strict.
+        """Times a stage; turns a failure of ours into a Reject in the yielded list and a warning, or raises if strict.
 
         Everything is caught because an exception of FakeTensor that leaves a backend is a silent graph break.
         """

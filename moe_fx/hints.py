@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 HINTS: dict[str, str] = {
+    "find.no_experts": "keep expert weights as [E, out, in] parameters or a ModuleList of alike experts",
     "find.no_routing": "pass the router's top-k indices, not a dense mask, to the experts",
     "find.no_exit": "combine the experts' results into one tensor before anything else reads them",
     "find.escape": "do not return or keep values from between the two projections (hooks, debugging outputs)",

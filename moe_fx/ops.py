@@ -86,7 +86,8 @@ def _check(x: Tensor, ids: Tensor, weights: Tensor, spec: str) -> None:
     if x.ndim != 2 or x.shape[1] != parsed.expert.hidden:
         raise MoEFxRuntimeError(f"x must be [T, {parsed.expert.hidden}], got {list(x.shape)}")
     if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype.is_floating_point:
-        raise MoEFxRuntimeError(f"topk_ids must be integers [T, k] with T = {x.shape[0]}, got {ids.dtype} {list(ids.shape)}")
+        found = f"{ids.dtype} {list(ids.shape)}"
+        raise MoEFxRuntimeError(f"topk_ids must be integers [T, k] with T = {x.shape[0]}, got {found}")
     if weights.shape != ids.shape:
         raise MoEFxRuntimeError(f"topk_weights {list(weights.shape)} must have the shape of topk_ids {list(ids.shape)}")
 

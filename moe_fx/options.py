@@ -27,7 +27,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """kernel, layout: names, requested explicitly: used or an error that lists every reason.  inner_backend: compiles the
+    """kernel, layout: names, requested explicitly: used, or an error with every reason.  inner_backend: compiles the
     rest of the graph; ``inductor``: a dict of settings passed to it; ``mode``: as torch.compile's.  verify: "once" per
     distinct block, "always", or "off" (unsafe).  tune: measure candidates.  memory: "view" the model's own storage,
     "copy" to a kernel's layout, "replace" the model's storage.  strict: raise where a stage fails.  dump_dir: readable

@@ -96,7 +96,15 @@ class Plan:
             for v in data["verdicts"]
         )
         ranges = tuple(Range(**r) for r in data["ranges"])
-        return Plan(data["layout"], ranges, data["backward"], tuple(data["priced_at"]), verdicts)
+        return Plan(data["layout"], ranges, _backward(data["backward"]), tuple(data["priced_at"]), verdicts)
+
+
+def _backward(name: str) -> Literal["recompute", "save"]:
+    match name:
+        case "recompute" | "save":
+            return name
+        case _:
+            raise ValueError(f"backward={name!r} is neither 'recompute' nor 'save'")
 
 
 @lru_cache(maxsize=4096)
@@ -111,6 +119,4 @@ def parse_plan(text: str) -> Plan:
         kernel, _, span = piece.rpartition(":")
         low, _, high = span.partition("-")
         ranges.append(Range(int(low), int(high) if high else None, kernel))
-    backward = values["backward"]
-    assert backward == "recompute" or backward == "save", backward
-    return Plan(values["layout"], tuple(ranges), backward)
+    return Plan(values["layout"], tuple(ranges), _backward(values["backward"]))

@@ -31,6 +31,7 @@ class Reject:
 
 CODES: dict[str, str] = {
     # FIND
+    "find.no_experts": "experts are chosen, but no matrices that come E at a time depend on the choice",
     "find.no_routing": "expert-shaped weights are used, but no integer expert ids lead to them",
     "find.no_exit": "no single tensor collects the results of all experts",
     "find.escape": "a value from inside the block is used outside it",
@@ -64,7 +65,7 @@ CODES: dict[str, str] = {
     # any stage
     "internal": "moe_fx failed; the block was left as it was",
     "capture.untrusted": "the experts loop could not be shown equal to its traceable form",
-    "capture.unavailable": "this torch or transformers version lacks the hook that capturing data-dependent loops needs",
+    "capture.unavailable": "this torch lacks the hook that capturing data-dependent loops needs",
 }
 
 

@@ -73,8 +73,8 @@ class RouterSpec:
     score: function of the logits; ``order`` says whether it is applied before the selection or to the selected logits.
     score_dtype: dtype of the score ("" that of the logits).
     bias: a selection bias [E] is added to the scores (or to the logits) for the choice only.
-    groups, topk_groups, group_score, group_fill: only experts of the best groups can be chosen; a group is worth its best
-    expert ("max") or its two best ("top2_sum"); experts of other groups get the fill value.
+    groups, topk_groups, group_score, group_fill: only experts of the best groups can be chosen; a group is worth its
+    best expert ("max") or its two best ("top2_sum"); experts of other groups get the fill value.
     renormalise, eps: weights are divided by (their sum + eps).
     scale: routed_scaling_factor.  weight_dtype: dtype of the weights handed to the experts ("" as computed).
     """

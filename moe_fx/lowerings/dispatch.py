@@ -1,5 +1,8 @@
-"""RUN: the ops' implementation.  Parses the attributes once, binds the operands, and takes the kernel of the plan's range
-for this number of tokens: a choice on a host integer, no recompile, no device sync."""
+"""RUN: the ops' implementation.
+
+Parses the attributes once, binds the operands, and takes the kernel of the plan's range for this number of tokens: a
+choice on a host integer, no recompile, no device sync.
+"""
 
 from __future__ import annotations
 

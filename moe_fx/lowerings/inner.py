@@ -19,7 +19,8 @@ def compile_inner(gm: GraphModule, example_inputs: list[Any], options: Options) 
         from torch._inductor.compile_fx import compile_fx
 
         patches = dict(list_mode_options(options.mode)) if options.mode and options.mode != "default" else {}
-        return compile_fx(gm, example_inputs, config_patches={**patches, **options.inductor})
+        compiled: Any = compile_fx(gm, example_inputs, config_patches={**patches, **options.inductor})
+        return compiled
     try:
         backend = torch._dynamo.lookup_backend(options.inner_backend)
     except Exception as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 from torch.nn import Parameter
 
-from moe_fx.passes.dataflow import Dataflow, target_name, tensor, tensors
+from moe_fx.passes.dataflow import Dataflow, fake, target_name, tensor, tensors
 
 PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "_grouped_mm"}
 PRODUCTS |= {"grouped_mm_fallback", "rmatmul", "__rmatmul__"}
@@ -38,9 +38,7 @@ class Bank:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(E, the last two sizes)."""
-        first = tensor(self.params[0])
-        assert first is not None
-        *stack, a, b = (int(s) for s in first.shape)
+        *stack, a, b = (int(s) for s in fake(self.params[0]).shape)
         return (stack[0] if stack else len(self.params)), a, b
 
 
@@ -67,9 +65,7 @@ def partners(flow: Dataflow, banks: list[Bank], down: Bank) -> list[list[Bank]]:
 def _fits(up: Bank, down: Bank) -> bool:
     """[E, 2I or I, H] and [E, H, I] up to the order of the last two sizes."""
     (e_up, *a), (e_down, *b) = up.sizes, down.sizes
-    return e_up == e_down and any(
-        a[i] == b[j] and a[1 - i] in (b[1 - j], 2 * b[1 - j]) for i in (0, 1) for j in (0, 1)
-    )
+    return e_up == e_down and any(a[i] == b[j] and a[1 - i] in (b[1 - j], 2 * b[1 - j]) for i in (0, 1) for j in (0, 1))
 
 
 def _numbered_alike(nodes: list[Node]) -> list[tuple[Node, ...]]:
@@ -78,14 +74,13 @@ def _numbered_alike(nodes: list[Node]) -> list[tuple[Node, ...]]:
     by_pattern: dict[tuple[str, object], list[tuple[int, Node]]] = defaultdict(list)
     for node in nodes:
         name = str(node.target)
-        t = tensor(node)
-        assert t is not None
+        t = fake(node)
         for match in _NUMBER.finditer(name):
             pattern = f"{name[: match.start()]}*{name[match.end() :]}"
             by_pattern[pattern, (tuple(t.shape), t.dtype)].append((int(match.group()), node))
     taken: set[Node] = set()
     groups = []
-    for (pattern, _), members in sorted(by_pattern.items(), key=lambda item: -item[0][0].index("*")):
+    for _, members in sorted(by_pattern.items(), key=lambda item: -item[0][0].index("*")):
         free = sorted((number, node) for number, node in members if node not in taken)
         if len(free) > 1 and [n for n, _ in free] == list(range(len(free))):
             groups.append(tuple(node for _, node in free))

@@ -38,6 +38,14 @@ def tensor(node: Node) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
+def fake(node: Node) -> Tensor:
+    """The node's FakeTensor; TypeError for a node of another kind."""
+    found = value(node)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{node.name} is {type(found).__name__}, not a tensor")
+    return found
+
+
 def tensors(node: Node) -> list[Tensor]:
     """All FakeTensors of the node's value."""
     found = value(node)
@@ -96,7 +104,7 @@ class Dataflow:
                     writers.setdefault(storage, []).append(node)
 
     def _roots(self) -> list[Node]:
-        """The output, and nodes whose effect outlives the graph: a write to an input, random numbers, higher-order ops."""
+        """The output, and nodes whose effect outlives the graph: a write to an input, random numbers, mode switches."""
         inputs = {s for n in self.nodes if n.op in ("placeholder", "get_attr") for s in self.storages[n]}
         roots = []
         for node in self.nodes:
@@ -169,9 +177,9 @@ class Dataflow:
         found: set[Node] = set()
         for node in self.nodes:
             sources = [p for p in self.preds[node] if tensors(p)]
-            if sources and node.op != "output" and not self.writes[node]:
-                if all(p in weights or p in found for p in sources):
-                    found.add(node)
+            pure = node.op != "output" and not self.writes[node]
+            if pure and sources and all(p in weights or p in found for p in sources):
+                found.add(node)
         return found
 
     def users(self, node: Node) -> list[Node]:
@@ -218,9 +226,7 @@ def _written(node: Node) -> list[Node]:
         for arg, declared in zip(node.args, node.target._schema.arguments, strict=False):
             if declared.alias_info is not None and declared.alias_info.is_write:
                 written.append(arg)
-    elif name.endswith("_") and not name.endswith("__") and node.args:
-        written.append(node.args[0])
-    elif node.kwargs.get("inplace") is True:
+    elif (name.endswith("_") and not name.endswith("__") and node.args) or node.kwargs.get("inplace") is True:
         written.append(node.args[0])
     written.append(node.kwargs.get("out"))
     return [w for w in written if isinstance(w, Node)]

@@ -59,7 +59,8 @@ class Watch:
                 self._propagate(args, o)
             return
         if (shape := _PRODUCTS.get(func)) is not None:
-            self.product(*(None if i is None else args[i] for i in shape), out)
+            left, right, bias = shape
+            self.product(args[left], args[right], None if bias is None else args[bias], out)
         elif func in (aten.add.Tensor, aten.add_.Tensor):
             self._bias(args, out)
         self._propagate(args, out)

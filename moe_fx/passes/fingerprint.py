@@ -14,8 +14,11 @@ from moe_fx.passes.regions import Region
 
 
 def fingerprint(region: Region, *context: object) -> str:
-    """Hash of targets, constants, wiring, and the shapes, strides, dtypes, devices and aliases of the inputs; ``context``:
-    whatever else the verdict depends on (id bounds, options, training).  Symbols are renamed in order of appearance."""
+    """Hash of targets, constants, wiring, and the shapes, strides, dtypes, devices and aliases of the inputs.
+
+    context: whatever else the verdict depends on (id bounds, options, training).  Symbols are renamed in order of
+    appearance.
+    """
     names: dict[Node, str] = {}
     symbols: dict[str, str] = {}
     lines = [repr(context), f"{torch.is_autocast_enabled('cpu')} {torch.get_autocast_dtype('cpu')}"]
@@ -29,7 +32,8 @@ def fingerprint(region: Region, *context: object) -> str:
         args = _text((node.args, node.kwargs), names, symbols)
         lines.append(f"n{i} {node.op} {target_name(node)} {getattr(node.target, '__module__', '')} {args}")
         lines.append(_describe(value(node), symbols, {}))
-    routing = [names.get(n, "-") for n in (region.x, region.ids, region.weights, region.out, region.end, region.scores) if n is not None]
+    roles = (region.x, region.ids, region.weights, region.out, region.end, region.scores)
+    routing = ["-" if n is None else names[n] for n in roles]
     lines.append(f"{routing} {[names[a] for a in region.aliases]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]
 

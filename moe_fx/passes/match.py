@@ -1,8 +1,8 @@
 """MATCH: from what a region does to its expert weights, to the specification that says the same.
 
 The region is run once in float64 under a watch (``exact``).  What enters and leaves each projection is compared with
-every registered activation; shapes, taps and dtypes give the rest.  Whatever stays open (which of two square sizes is the
-input, where a norm's weight goes) becomes several proposals: VERIFY decides, so matching may be liberal.
+every registered activation; shapes, taps and dtypes give the rest.  Whatever stays open (which of two square sizes is
+the input, where a norm's weight goes) becomes several proposals: VERIFY decides, so matching may be liberal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from moe_fx.binding import Operand, Order, WeightBinding, split_gate_up
 from moe_fx.passes.banks import Bank
-from moe_fx.passes.dataflow import target_name, tensor
+from moe_fx.passes.dataflow import fake, target_name, tensor
 from moe_fx.passes.exact import Product, Watch, run_exact
 from moe_fx.passes.regions import Region
 from moe_fx.passes.sampling import Sample, Sampler, constants
@@ -72,7 +72,7 @@ def propose(region: Region, sampler: Sampler) -> list[Proposal] | Reject:
     try:
         with torch.no_grad():
             run_exact(region.module(), sample.inputs, watch)
-    except Exception as error:  # any failure of the user's code on samples means: not understood
+    except Exception as error:  # noqa: BLE001  any failure of the user's code on samples means: not understood
         return Reject("verify.run", f"{type(error).__name__}: {error}".splitlines()[0], region.out.name)
     views = [seen for seen in (_by_product(region, watch), *_by_node(region, watch)) if seen is not None]
     if not views:
@@ -138,9 +138,7 @@ def _activations(region: Region, seen: _Seen) -> Iterator[_Parts]:
                         yield _Parts(name, params, gated, order, banks)
 
 
-def _gate_up_choices(
-    region: Region, seen: _Seen
-) -> Iterator[tuple[Tensor, Tensor | None, Order, tuple[Bank, ...]]]:
+def _gate_up_choices(region: Region, seen: _Seen) -> Iterator[tuple[Tensor, Tensor | None, Order, tuple[Bank, ...]]]:
     if len(seen.ups) == 1:
         for order in _ORDERS:
             gate, up = split_gate_up(seen.ups[0], order)
@@ -186,7 +184,9 @@ def _proposals(region: Region, seen: _Seen, parts: _Parts) -> Iterator[Proposal]
         return
     inner = sizes[0] if sizes[1] == h else sizes[1]
     norm_nodes = [
-        n for n in region.params if n not in itertools.chain(*seen.biases) and tuple(tensor(n).shape) == (h,)  # type: ignore[union-attr]
+        n
+        for n in region.params
+        if n not in itertools.chain(*seen.biases) and tuple(tensor(n).shape) == (h,)  # type: ignore[union-attr]
     ]
     base = ExpertSpec(
         experts,
@@ -267,15 +267,13 @@ def _act_dtype(region: Region) -> DTypeName:
 
 def _compute_dtype(region: Region) -> DTypeName:
     """The dtype of the products where it is not that of the weights."""
-    product, weight = tensor(region.down.uses[0]), tensor(region.down.params[0])
-    assert product is not None and weight is not None
+    product, weight = fake(region.down.uses[0]), fake(region.down.params[0])
     return "" if product.dtype == weight.dtype else str(product.dtype).removeprefix("torch.")  # type: ignore[return-value]
 
 
 def _combine_dtypes(region: Region) -> tuple[str, str]:
-    """(accumulate, out_dtype): a sum over k accumulates in float32 inside; an in-place addition in its target's dtype."""
-    x, out = tensor(region.x), tensor(region.out)
-    assert x is not None and out is not None
+    """(accumulate, out_dtype): a sum over k accumulates in float32 inside; an in-place addition in its own dtype."""
+    x, out = fake(region.x), fake(region.out)
     in_place = [n for n in region.nodes if target_name(n).rstrip("_") in ("index_add", "scatter_add", "index_put")]
     kept = [tensor(n.args[0]) for n in in_place if isinstance(n.args[0], Node)]
     halves = [t for t in kept if t is not None and t.dtype.is_floating_point and t.dtype.itemsize < 4]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from moe_fx.passes.dataflow import tensor, tensors
+from moe_fx.passes.dataflow import fake, tensors
 from moe_fx.passes.match import Proposal
 from moe_fx.passes.regions import Region, same
 
@@ -25,7 +25,7 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
         if region.scores is not None:
             weights = _gather(graph, region, ids)
         elif region.weights is None:
-            weights = _call(graph, "call_function", torch.ones_like, (ids,), {"dtype": tensor(region.x).dtype})  # type: ignore[union-attr]
+            weights = _call(graph, "call_function", torch.ones_like, (ids,), {"dtype": fake(region.x).dtype})
         else:
             weights = _flat(graph, region.weights, region.top_k)
         args = (x, ids, weights, list(proposal.operands), str(proposal.spec), str(proposal.binding), plan)
@@ -50,7 +50,7 @@ def _gather(graph: Graph, region: Region, ids: Node) -> Node:
     """The routing weights [T, k] out of a dense matrix of scores."""
     scores = region.scores
     assert scores is not None
-    by_token = same(tensor(scores).shape[1], region.down.sizes[0])  # type: ignore[union-attr]
+    by_token = same(fake(scores).shape[1], region.down.sizes[0])
     if not by_token:
         scores = _call(graph, "call_method", "transpose", (scores, 0, 1))
     return _call(graph, "call_method", "gather", (scores, 1, _call(graph, "call_method", "long", (ids,))))
@@ -65,8 +65,7 @@ def _following(node: Node) -> list[Node]:
 
 def _flat(graph: Graph, node: Node, last: int) -> Node:
     """The node as [-1, last]."""
-    t = tensor(node)
-    assert t is not None
+    t = fake(node)
     if t.ndim == 2 and same(t.shape[1], last):
         return node
     return _call(graph, "call_method", "reshape", (node, (-1, last)))
@@ -74,8 +73,7 @@ def _flat(graph: Graph, node: Node, last: int) -> Node:
 
 def _like(graph: Graph, y: Node, region: Region) -> Node:
     """y [T, H] in the shape of the value it replaces."""
-    out, x = tensor(region.out), tensor(region.x)
-    assert out is not None and x is not None
+    out, x = fake(region.out), fake(region.x)
     if out.ndim == 2:
         return y
     if len(out.shape) == len(x.shape) and all(same(a, b) for a, b in zip(out.shape, x.shape, strict=True)):
@@ -88,8 +86,7 @@ def _size(graph: Graph, region: Region, size: object) -> Any:
     """A number, or a node that computes it from the sizes of x."""
     if isinstance(size, int):
         return size
-    x = tensor(region.x)
-    assert x is not None
+    x = fake(region.x)
     for dim, other in enumerate(x.shape):
         if same(size, other):
             return _call(graph, "call_method", "size", (region.x, dim))

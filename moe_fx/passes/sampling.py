@@ -1,8 +1,8 @@
 """Inputs on which a region and its specification are compared.
 
-Token counts follow the region's symbols; a region captured at one length is sampled at that length.  Expert weights are
-random, never the model's own (real ones can be zero, or alike).  Large banks are allocated as zero pages of which only a
-few experts are filled, so that memory follows the experts in use and not the model.
+Token counts follow the region's symbols; a region captured at one length is sampled at that length.  Weights are
+random, never the model's own (real ones can be zero, or alike).  Large banks are allocated as zero pages of which only
+a few experts are filled, so that memory follows the experts in use and not the model.
 """
 
 from __future__ import annotations
@@ -212,11 +212,11 @@ def id_range(node: Node, buffers: dict[Node, Tensor], depth: int = 40) -> IdRang
     if name in ("getitem", "__getitem__") and isinstance(args[0], Node):
         source = args[0]
         if target_name(source) in ("topk", "max", "min", "sort") and args[1] == 1:
-            return (0.0, *_last_size(source), True)  # type: ignore[return-value]
+            return 0.0, _last_index(source), True
         low, high, _ = id_range(source, buffers, depth - 1)
         return low, high, False
     if name in ("argmax", "argmin", "argsort"):
-        return (0.0, *_last_size(node), True)  # type: ignore[return-value]
+        return 0.0, _last_index(node), True
     if name in _KEEPS_VALUES and isinstance(args[0], Node):
         return id_range(args[0], buffers, depth - 1)
     if name in ("clamp", "clamp_", "clip") and isinstance(args[0], Node):
@@ -232,8 +232,22 @@ def id_range(node: Node, buffers: dict[Node, Tensor], depth: int = 40) -> IdRang
             for o in operands
             if isinstance(o, (Node, int, float))
         ]
+        if name == "masked_fill":
+            ranges[0] = _without(ranges[0], args[0], args[1])
         return min(r[0] for r in ranges), max(r[1] for r in ranges), False
     return UNKNOWN_IDS
+
+
+def _without(found: IdRange, node: object, mask: object) -> IdRange:
+    """The range left where ``mask`` is ``node == highest`` (or ``node >= n``) and those values are replaced."""
+    if not isinstance(mask, Node) or not mask.args or mask.args[0] is not node:
+        return found
+    low, high, distinct = found
+    bound = mask.args[1]
+    name = target_name(mask).strip("_")
+    if isinstance(bound, int) and ((name == "ge" and bound <= high) or (name == "eq" and bound == high)):
+        return low, float(bound - 1), distinct
+    return found
 
 
 _KEEPS_VALUES = {"reshape", "view", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "unsqueeze"}
@@ -244,17 +258,16 @@ def _at(bound: object, current: float, pick: Any) -> float:
     return pick(current, float(bound)) if isinstance(bound, (int, float)) else current
 
 
-def _last_size(node: Node) -> tuple[float]:
+def _last_index(node: Node) -> float:
     """Highest index that a selection along the last dimension of ``node``'s input can give."""
     source = node.args[0]
     t = tensor(source) if isinstance(source, Node) else None
     dim = node.kwargs.get("dim", node.args[2] if target_name(node) == "topk" and len(node.args) > 2 else None)
     if dim is None and len(node.args) > 1 and target_name(node) != "topk":
         dim = node.args[1]
-    if t is None or not isinstance(dim if dim is not None else -1, int):
-        return (math.inf,)
-    size = t.shape[-1 if dim is None else dim]
-    return (float(size - 1) if isinstance(size, int) else math.inf,)
+    dim = -1 if dim is None else dim
+    size = t.shape[dim] if t is not None and isinstance(dim, int) else None
+    return float(size - 1) if isinstance(size, int) else math.inf
 
 
 def _free(size: object) -> set[Any]:

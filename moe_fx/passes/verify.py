@@ -48,14 +48,14 @@ def _same_formula(module: Any, region: Region, proposal: Proposal, sample: Sampl
     with torch.no_grad():
         try:
             theirs, *scores = run_exact(module, sample.inputs)
-        except Exception as error:  # the user's code may raise anything on ids that it never sees
+        except Exception as error:  # noqa: BLE001  the user's code may raise anything on ids that it never sees
             if sample.label.startswith("outside"):
                 return None  # ids out of range are an error there: nothing to preserve
             return Reject("verify.run", f"{type(error).__name__}: {error}", sample.label)
         ours = _reference(proposal, sample, _weights(sample, scores))
-    error = _by_row(ours, theirs.reshape(ours.shape))
-    if error > _FORMULA:
-        return Reject("verify.values", f"relative difference {error:.1e} in float64", sample.label)
+    difference = _by_row(ours, theirs.reshape(ours.shape))
+    if difference > _FORMULA:
+        return Reject("verify.values", f"relative difference {difference:.1e} in float64", sample.label)
     return None
 
 
@@ -117,18 +117,17 @@ def _same_gradients(module: Any, region: Region, proposal: Proposal, sample: Sam
         other = torch.zeros_like(mine) if other is None else other.reshape(mine.shape)
         error = _relative(mine, other)
         if error > _FORMULA:
-            return Reject("verify.gradients", f"gradient of {node.name} differs by {error:.1e} in float64", sample.label)
+            text = f"gradient of {node.name} differs by {error:.1e} in float64"
+            return Reject("verify.gradients", text, sample.label)
     return None
 
 
-def _same_rounding(
-    module: Any, region: Region, proposal: Proposal, sample: Sample, fused: Fused
-) -> Reject | None:
+def _same_rounding(module: Any, region: Region, proposal: Proposal, sample: Sample, fused: Fused) -> Reject | None:
     """The tolerance rule on the true dtypes; the float64 reference runs on the same rounded inputs."""
     with torch.no_grad():
         try:
             theirs, *scores = module(*sample.inputs)
-        except Exception as error:  # as above: anything may be raised
+        except Exception as error:  # noqa: BLE001  as above: anything may be raised
             return Reject("verify.run", f"{type(error).__name__}: {error}", sample.label)
         operands = sample_operands(proposal, sample)
         weights = _weights(sample, scores)

@@ -21,7 +21,7 @@ Backward = Callable[..., tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A registered activation: its name, whether it takes an up projection, the names of its parameters, two functions."""
+    """A registered activation: name, whether it takes an up projection, names of its parameters, two functions."""
 
     name: str
     gated: bool

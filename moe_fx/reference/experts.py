@@ -17,7 +17,7 @@ from moe_fx.spec import ExpertSpec, MoESpec
 
 
 def dtype_of(name: str, default: torch.dtype) -> torch.dtype:
-    """"" → default, else the torch dtype of that name."""
+    """ "" → default, else the torch dtype of that name."""
     return getattr(torch, name) if name else default
 
 
@@ -126,7 +126,8 @@ def _norm_backward(dout: Tensor, out: Tensor, weight: Tensor, spec: ExpertSpec) 
 def _expert_backward(dout: Tensor, trace: _Trace, experts: Experts, e: int, spec: ExpertSpec, grads: Experts) -> Tensor:
     """Writes the weight gradients of expert ``e`` and returns the gradient of its rows."""
     if spec.norm:
-        assert experts.norm is not None and grads.norm is not None
+        assert experts.norm is not None
+        assert grads.norm is not None
         dout, dnorm = _norm_backward(dout, trace.out, experts.norm, spec)
         grads.norm += dnorm.to(grads.norm.dtype)
     compute = trace.x.dtype

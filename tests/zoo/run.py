@@ -75,7 +75,9 @@ def run(family: Family, implementation: str, dtype: str, inner: str = "eager") -
         except Exception as error:  # any failure is a row of the table
             detail = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             seconds = time.perf_counter() - started
-            return Cell(family.name, implementation, dtype, "FAILED", 0, family.moe_layers, 0, math.inf, 0, seconds, detail)
+            return Cell(
+                family.name, implementation, dtype, "FAILED", 0, family.moe_layers, 0, math.inf, 0, seconds, detail
+            )
     report = moe_fx.last_report()
     own, error = relative(theirs, exact), relative(ours, exact)
     bound = 2 * own + 4 * torch.finfo(getattr(torch, dtype)).eps
@@ -92,7 +94,17 @@ def run(family: Family, implementation: str, dtype: str, inner: str = "eager") -
     seconds = time.perf_counter() - started
     expected = family.moe_layers
     return Cell(
-        family.name, implementation, dtype, verdict, report.num_fused, expected, report.num_graphs, error, own, seconds, detail
+        family.name,
+        implementation,
+        dtype,
+        verdict,
+        report.num_fused,
+        expected,
+        report.num_graphs,
+        error,
+        own,
+        seconds,
+        detail,
     )
 
 

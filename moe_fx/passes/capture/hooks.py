@@ -41,7 +41,7 @@ def drain() -> list[tuple[str, tuple[Reject, ...]]]:
 
 
 def available() -> str:
-    """"" when the hook can be installed, else what this torch lacks."""
+    """ "" when the hook can be installed, else what this torch lacks."""
     try:
         from torch._dynamo.symbolic_convert import InliningInstructionTranslator
     except ImportError as error:
@@ -72,7 +72,7 @@ def install(backend: Any) -> str:
                     return result
         return _original.__func__(cls, parent, func, args, kwargs, *rest, **more)
 
-    InliningInstructionTranslator.inline_call = classmethod(inline_call)
+    setattr(InliningInstructionTranslator, "inline_call", classmethod(inline_call))  # noqa: B010  mypy: a method
     return ""
 
 
@@ -82,7 +82,7 @@ def uninstall() -> None:
     if _original is not None:
         from torch._dynamo.symbolic_convert import InliningInstructionTranslator
 
-        InliningInstructionTranslator.inline_call = _original
+        setattr(InliningInstructionTranslator, "inline_call", _original)  # noqa: B010
         _original = None
 
 

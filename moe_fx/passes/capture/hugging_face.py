@@ -4,8 +4,8 @@ before: ``get_interface("eager", loop)`` → the class's own loop (a graph break
 after:  ``get_interface("eager", loop)`` → transformers' ``grouped_mm_experts_forward``, which is one region
 
 The substitute is trusted only after the class's loop and the traceable form agreed on random weights, in float32 and in
-the model's dtype by the tolerance rule, once per class, flags, shapes and dtype.  A handler that somebody registered for
-"eager" is respected.  transformers is never imported here: the hook fires only when it already runs.
+the model's dtype by the tolerance rule, once per class, flags, shapes and dtype.  A handler that somebody registered
+for "eager" is respected.  transformers is never imported here: the hook fires only when it already runs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _realized(variable: Any) -> Any:
 
 
 def _distrust(module: Module, body: Any) -> str:
-    """"" when the class's loop and ``body`` agree, else how they differ."""
+    """ "" when the class's loop and ``body`` agree, else how they differ."""
     shapes = tuple((n, tuple(p.shape), p.dtype, p.device) for n, p in module.named_parameters())
     key = (type(module), tuple(getattr(module, f, None) for f in _FLAGS), shapes, str(getattr(module, "act_fn", "")))
     if key not in _TRUSTED:
@@ -120,7 +120,8 @@ def _cast(module: Module, dtype: torch.dtype) -> Module:
     clone.__dict__["_parameters"] = {
         n: Parameter(p.to(dtype), requires_grad=False) for n, p in module._parameters.items() if p is not None
     }
-    clone.__dict__["_modules"] = {n: copy.deepcopy(m).to("cpu", dtype) for n, m in module._modules.items() if m is not None}
+    submodules = {n: m for n, m in module._modules.items() if m is not None}
+    clone.__dict__["_modules"] = {n: copy.deepcopy(m).to("cpu", dtype) for n, m in submodules.items()}
     return clone
 
 
