@@ -8,7 +8,8 @@ and at most one routing-weights tensor, let no inner value out, and write nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -27,9 +28,9 @@ _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 _FILLS = {"zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "empty_like", "full_like", "tensor"}
 _FILLS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "scalar_tensor"}
 _PIECES = {"split", "chunk", "tensor_split", "unbind", "cat", "concat", "stack", "narrow", "getitem", "__getitem__"}
-_ENDS_OF_SCORES = PRODUCTS | {"topk", "softmax", "embedding", "getitem", "__getitem__", "layer_norm", "rms_norm"}
+_ENDS_OF_SCORES = PRODUCTS | {"topk", "softmax", "embedding", "layer_norm", "rms_norm"}
 _MAX_ENDS = 24
-_DENSE_SPAN = 400  # nodes after the last product in which a dense block's result comes together
+_DENSE_ENDS = 8
 
 
 @dataclass(slots=True)
@@ -95,7 +96,7 @@ class _Finder:
 
     def no_partner(self) -> Reject | None:
         """Why a bank alone is no block; None when no ids lead to it either (a convolution, a stacked embedding)."""
-        if not self.id_candidates():
+        if not any(self._index_sources(u) for u in self.uses):
             return None
         sizes = list(self.down.sizes)
         return Reject("match.products", f"expert weights {sizes} have no second projection that fits", self.where)
@@ -106,23 +107,31 @@ class _Finder:
         ends = list(islice(self.ends(), _MAX_ENDS))
         if not ends:
             return [Reject("find.no_exit", "the experts' results do not come together in one tensor", self.where)]
-        candidates = self.id_candidates()
-        if not candidates:
-            return [Reject("find.no_routing", "no integer expert ids lead to these expert weights", self.where)]
         best: Region | None = None
-        for ids in candidates:
-            for end in ends:
-                result = self._carve(ids, end)
-                if isinstance(result, Reject):
-                    misses.append(result)
-                elif result.weights is not None:
-                    return result
-                else:
-                    best = best or result
+        for ids, end in self._candidates(ends):
+            result = self._carve(ids, end)
+            if isinstance(result, Reject):
+                misses.append(result)
+            elif result.weights is not None:
+                return result
+            else:
+                best = best or result
         if best is not None:
             return best
+        if not misses:
+            return [Reject("find.no_routing", "no integer expert ids lead to these expert weights", self.where)]
         ranked = sorted(dict.fromkeys(misses), key=lambda r: r.code == "find.inputs")
         return ranked[:6]
+
+    def _candidates(self, ends: list[Node]) -> Iterator[tuple[Node, Node]]:
+        """(ids, end) to try; a dense block's ids depend on where it ends."""
+        seeds = {p for u in self.uses for p in self._index_sources(u)}
+        self.indexed = bool(seeds)
+        if seeds:
+            yield from itertools.product(self._funnel(seeds), ends)
+        else:
+            for end in ends[:_DENSE_ENDS]:
+                yield from ((ids, end) for ids in self._funnel(self._dense_sources(end)))
 
     def ends(self) -> Iterable[Node]:
         flow = self.flow
@@ -131,14 +140,9 @@ class _Finder:
             if flow.position[node] >= last_use and (tensors(node) or flow.writes[node]):
                 yield node
 
-    def id_candidates(self) -> list[Node]:
-        """Integer [.., k] nodes through which every index into the block passes, nearest first; for a block that reads
-        all experts densely, the integers from which its routing matrix was made."""
+    def _funnel(self, seeds: set[Node]) -> list[Node]:
+        """Integer nodes through which every index into the block passes, nearest first."""
         flow = self.flow
-        seeds = {p for u in self.uses for p in self._index_sources(u)}
-        self.indexed = bool(seeds)
-        if not seeds:
-            seeds = self._dense_sources()
 
         def indexes(node: Node) -> bool:
             return node in flow.integers and node not in self.weights and target_name(node) not in _FILLS
@@ -168,11 +172,11 @@ class _Finder:
                     stack += node.all_input_nodes
         return found
 
-    def _dense_sources(self) -> set[Node]:
+    def _dense_sources(self, end: Node) -> set[Node]:
         """For a block that runs all experts on all tokens: integers that pick from its results, or from which a matrix
         that it multiplies by was scattered, looked for backwards no further than the nearest product."""
         flow = self.flow
-        reach = flow.within(self.uses, flow.succs, 0, flow.position[self.uses[-1]] + _DENSE_SPAN)
+        reach = flow.within(self.uses, flow.succs, 0, flow.position[end])
         outer = [p for n in (*self.uses, *reach) for p in n.all_input_nodes if p not in reach]
         sources = {p for p in outer if p in flow.integers}
         seen: set[Node] = set()
@@ -342,7 +346,7 @@ class _Finder:
             if isinstance(node.target, OpOverload) and "c10d" in node.target.namespace:
                 return Reject("find.effect", f"{node.name} communicates with other processes", node.name)
         for node in region.aliases:
-            if fake(node).shape != tensor(region.out).shape:
+            if fake(node).shape != fake(region.out).shape:
                 return Reject("find.escape", f"{node.name} views the result in another shape", node.name)
         outer = {s for b in boundary for s in flow.storages[b]}
         start = flow.position[region.nodes[0]]
