@@ -132,7 +132,8 @@ class _Graph:
     def _judge(self, region: Region, buffers: dict[Node, Tensor]) -> _Verdict:
         """MATCH, PLAN and VERIFY, once per fingerprint."""
         bounds = id_range(region.ids, buffers)
-        training = torch.is_grad_enabled() and any(
+        grad = torch.is_grad_enabled() if region.mode.grad is None else region.mode.grad
+        training = grad and any(
             t.requires_grad for n in region.inputs if isinstance(t := n.meta.get("example_value"), Tensor)
         )
         with self._stage("match") as failed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import operator
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -232,17 +233,26 @@ def _written(node: Node) -> list[Node]:
     return [w for w in written if isinstance(w, Node)]
 
 
-def _modes(nodes: list[Node]) -> dict[Node, tuple[str, str]]:
-    """(innermost autocast, last grad mode set) at each node, as text."""
-    autocast, grad = ["ambient"], "ambient"
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """autocast: the arguments of the innermost ``torch.autocast`` entered in the graph (None: the surrounding state).
+    grad: the grad mode last set in the graph (None: the surrounding one)."""
+
+    autocast: tuple[object, ...] | None = None
+    grad: bool | None = None
+
+
+def _modes(nodes: list[Node]) -> dict[Node, Mode]:
+    autocast: list[tuple[object, ...] | None] = [None]
+    grad: bool | None = None
     modes = {}
     for node in nodes:
         name = target_name(node) if node.op == "call_function" else ""
         if "_enter_autocast" in name:
-            autocast.append(str(node.args))
+            autocast.append(node.args)
         elif "_exit_autocast" in name:
             autocast.pop()
         elif "_set_grad_enabled" in name:
-            grad = str(node.args)
-        modes[node] = (autocast[-1], grad)
+            grad = bool(node.args[0])
+        modes[node] = Mode(autocast[-1], grad)
     return modes

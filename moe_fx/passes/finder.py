@@ -360,4 +360,5 @@ class _Finder:
         floats = [n for n in region.nodes if tensors(n) and n not in flow.integers]
         if len({flow.modes[n] for n in floats}) > 1:
             return Reject("find.autocast", "autocast or grad mode changes inside the block", region.nodes[0].name)
+        region.mode = flow.modes[floats[0]]
         return None

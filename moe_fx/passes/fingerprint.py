@@ -32,6 +32,7 @@ def fingerprint(region: Region, *context: object) -> str:
         args = _text((node.args, node.kwargs), names, symbols)
         lines.append(f"n{i} {node.op} {target_name(node)} {getattr(node.target, '__module__', '')} {args}")
         lines.append(_describe(value(node), symbols, {}))
+    lines.append(repr(region.mode))
     roles = (region.x, region.ids, region.weights, region.out, region.end, region.scores)
     routing = ["-" if n is None else names[n] for n in roles]
     lines.append(f"{routing} {[names[a] for a in region.aliases]}")

@@ -127,7 +127,7 @@ def _by_node(region: Region, watch: Watch) -> Iterator[_Seen]:
 
 def _activations(region: Region, seen: _Seen) -> Iterator[_Parts]:
     """Every registered activation that turns what leaves the up projection into what enters the down projection."""
-    numbers = [*constants(region), math.inf]
+    numbers = [*constants(_inner(region)), math.inf]
     for gate, up, order, banks in _gate_up_choices(region, seen):
         if gate.shape != seen.hidden.shape or (up is not None and up.shape != gate.shape):
             continue
@@ -217,7 +217,7 @@ def _with_norms(base: ExpertSpec, norm_nodes: list[Node], region: Region) -> lis
     if len(norm_nodes) != 1:
         return [base]
     kinds: tuple[Norm, ...] = ("rms", "rms_plus_one", "rms_input_scaled")
-    small = [c for c in constants(region) if c < 0.1] or [0.0]
+    small = [c for c in constants(region.nodes) if c < 0.1] or [0.0]
     return [dataclasses.replace(base, norm=kind, norm_eps=eps) for kind in kinds for eps in small]
 
 

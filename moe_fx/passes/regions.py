@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_fx.passes.banks import Bank, is_weight
-from moe_fx.passes.dataflow import fake, is_integer, value
+from moe_fx.passes.dataflow import Mode, fake, is_integer, value
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class Region:
     sizes: (symbolic) numbers it reads, and tensors of which it reads only the shape.
     end: the last node; out: the node whose value leaves (``end``, or what ``end`` writes to); aliases: nodes of the
     same storage whose later readers get the new value too.
-    ups, down: its expert weights.  params: other parameters it reads.
+    ups, down: its expert weights.  params: other parameters it reads.  mode: autocast and grad mode around it.
     """
 
     nodes: list[Node]
@@ -41,6 +42,7 @@ class Region:
     params: list[Node]
     sizes: list[Node]
     scores: Node | None = None
+    mode: Mode = field(default_factory=Mode)
 
     @property
     def weight_nodes(self) -> list[Node]:
@@ -61,6 +63,18 @@ class Region:
     def top_k(self) -> int:
         """k: ids per token."""
         return hint(numel(self.ids)) * self.hidden // max(hint(numel(self.x)), 1)
+
+    def run(self, inputs: list[object]) -> tuple[Tensor, ...]:
+        """The region's results in its own dtypes, under its autocast."""
+        with self.autocast():
+            return tuple(self.module()(*inputs))
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The autocast that the graph enters around the block, if it does."""
+        if self.mode.autocast is None:
+            return nullcontext()
+        device, dtype, enabled, cache = self.mode.autocast
+        return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)  # type: ignore[arg-type]
 
     def module(self) -> GraphModule:
         """The region alone, as a module from ``inputs`` to (out,), or (out, scores)."""

@@ -8,7 +8,7 @@ a few experts are filled, so that memory follows the experts in use and not the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_fx.passes.dataflow import target_name, tensor, value
+from moe_fx.passes.dataflow import fake, target_name, tensor, value
 from moe_fx.passes.regions import Region, numel
 
 Pattern = Literal["random", "few", "first", "last", "outside", "duplicates"]
 MEMORY_BUDGET = 2 << 30  # bytes of filled expert weights, and of rows gathered, a sample may hold
 
+_MOST_TOKENS = 1025
 _ROUTINGS: tuple[Pattern, ...] = ("random", "few", "last", "first")
 IdRange = tuple[float, float, bool]
 UNKNOWN_IDS: IdRange = (-math.inf, math.inf, False)
@@ -54,11 +55,13 @@ class Sampler:
         self.symbols = sorted({s for node in region.inputs for size in _sizes(node) for s in _free(size)}, key=str)
 
     def token_counts(self) -> list[int]:
-        """T to sample: one, odd, and more than E where memory allows; the captured T where it is fixed."""
+        """T to sample: one, odd, and more than E and than the small numbers in the block (capacities) where memory
+        allows; the captured T where it is fixed."""
         size = numel(self.region.x)
         if not _free(size):
             return [int(size) // self.region.hidden]  # type: ignore[call-overload]
-        return [t for t in (5, 1, min(self.experts + 1, 65)) if self._affordable(t)]
+        beyond = [int(c) + 1 for c in constants(self.region.nodes) if c < _MOST_TOKENS]
+        return [t for t in (5, 1, max([min(self.experts + 1, 65), *beyond])) if self._affordable(t)]
 
     def patterns(self) -> list[Pattern]:
         """Routings to try: three for each token count, and those that ids of unknown origin may bring."""
@@ -90,7 +93,6 @@ class Sampler:
         ids = self._ids(tokens, k, pattern, chosen)
         filled = chosen if len(chosen) < self.experts else None
         values: dict[Node, Any] = {}
-        operands: dict[Node, Tensor] = {}
         for node in region.inputs:
             found = value(node)
             if not isinstance(found, Tensor):
@@ -101,20 +103,22 @@ class Sampler:
             if node is region.ids:
                 values[node] = ids.reshape(shape).to(kind)
             elif node is region.weights:
-                values[node] = self._normal(shape, kind, 1.0).abs_().add_(0.1)
+                values[node] = self._routing_weights(shape, kind, special=dtype is not None)
             elif node in region.weight_nodes:
-                values[node] = operands[node] = self._weight(node, shape, kind, filled)
+                values[node] = self._weight(node, shape, kind, filled)
             elif node in region.params:
-                values[node] = operands[node] = self._normal(shape, kind, 0.5)
+                values[node] = self._normal(shape, kind, 0.5)
             else:
                 values[node] = self._normal(shape, kind, 1.0)
                 if dtype is not None and node is region.x:
-                    values[node] *= self._row_scales(shape)
+                    values[node] = self._special_rows(values[node])
+        values = {n: v.to(fake(n).device) if isinstance(v, Tensor) else v for n, v in values.items()}
+        operands = {n: values[n] for n in (*region.weight_nodes, *region.params)}
         x = values[region.x].reshape(-1, region.hidden)
-        weights = torch.ones(tokens, k, dtype=x.dtype) if region.weights is None else values[region.weights]
+        weights = x.new_ones(tokens, k) if region.weights is None else values[region.weights]
         label = f"{pattern} routing of {tokens} tokens"
         inputs = [values[n] for n in region.inputs]
-        return Sample(inputs, x, ids, weights.reshape(tokens, k), operands, label)
+        return Sample(inputs, x, ids.to(x.device), weights.reshape(tokens, k), operands, label)
 
     def _weight(self, node: Node, shape: list[int], dtype: torch.dtype, filled: list[int] | None) -> Tensor:
         scale = min(shape[-1], shape[-2]) ** -0.5
@@ -138,12 +142,27 @@ class Sampler:
     def _normal(self, shape: list[int], dtype: torch.dtype, scale: float) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float32).mul_(scale).to(dtype)
 
-    def _row_scales(self, shape: list[int]) -> Tensor:
-        """One factor a row, over decades and beyond every number in the block, so that each limit takes effect in some
-        rows and in some not."""
-        largest = min(max([25.0, *constants(self.region)]), 1e6)
-        exponents = torch.rand([*shape[:-1], 1], generator=self.generator, dtype=torch.float64)
-        return 0.1 * (40 * largest) ** exponents
+    def _special_rows(self, x: Tensor) -> Tensor:
+        """x with one factor a row, over decades and beyond every number in the block, so that each limit takes effect
+        in some rows and not in others; and, among many rows, some zero and some equal."""
+        largest = min(max([25.0, *constants(self.region.nodes)]), 1e6)
+        exponents = torch.rand([*x.shape[:-1], 1], generator=self.generator, dtype=torch.float64)
+        x = x * 0.1 * (40 * largest) ** exponents
+        rows = x.view(-1, x.shape[-1])
+        if len(rows) >= 5:
+            rows[1::7] = 0
+            rows[3::7] = rows[2].clone()
+        return x
+
+    def _routing_weights(self, shape: list[int], dtype: torch.dtype, special: bool) -> Tensor:
+        """Positive and of order 1; ``special``: of both signs, over decades, some exactly 0 and 1."""
+        weights = self._normal(shape, dtype, 1.0).abs_().add_(0.1)
+        if not special:
+            return weights
+        draw = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        sign = torch.where(torch.rand(shape, generator=self.generator) < 0.3, -1.0, 1.0)
+        weights = weights * sign * 10 ** (-5 * draw)
+        return torch.where(draw > 0.9, 0.0, torch.where(draw > 0.8, 1.0, weights)).to(dtype)
 
     def _chosen(self, k: int) -> list[int]:
         """Experts whose weights are filled: all, or as many as the memory budget holds."""
@@ -190,11 +209,11 @@ class Sampler:
         raise ValueError(f"no values of {free} give {tokens} tokens or a few more")
 
 
-def constants(region: Region) -> list[float]:
-    """Positive numbers written in the block, ascending."""
+def constants(nodes: Iterable[Node]) -> list[float]:
+    """Positive numbers among the arguments of ``nodes``, ascending."""
     found = {
         float(arg)
-        for node in region.nodes
+        for node in nodes
         for arg in (*node.args, *node.kwargs.values())
         if isinstance(arg, (int, float)) and not isinstance(arg, bool) and 0 < arg < math.inf
     }

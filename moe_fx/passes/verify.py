@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_fx.binding import bind
+from moe_fx.passes.dataflow import tensors
 from moe_fx.passes.exact import run_exact
 from moe_fx.passes.match import Proposal, sample_operands
 from moe_fx.passes.regions import Region
@@ -29,6 +30,11 @@ _FORMULA = 1e-9
 
 def verify(region: Region, proposal: Proposal, sampler: Sampler, training: bool, fused: Fused) -> Reject | None:
     """None when the proposal holds.  ``fused(x, ids, weights, operands, proposal)`` runs the op in the true dtypes."""
+    narrow = {t.dtype for n in region.nodes for t in tensors(n) if t.is_floating_point() and t.dtype.itemsize < 2}
+    if narrow:
+        return Reject(
+            "match.weights", f"the block passes through {narrow}, which float64 does not see", region.out.name
+        )
     module = region.module()
     patterns = sampler.patterns()
     for sample in sampler.samples(torch.float64, patterns):
@@ -39,7 +45,7 @@ def verify(region: Region, proposal: Proposal, sampler: Sampler, training: bool,
             if reject := _same_gradients(module, region, proposal, sample):
                 return reject
     for sample in sampler.samples(None, patterns[:3]):
-        if reject := _same_rounding(module, region, proposal, sample, fused):
+        if reject := _same_rounding(region, proposal, sample, fused):
             return reject
     return None
 
@@ -122,11 +128,11 @@ def _same_gradients(module: Any, region: Region, proposal: Proposal, sample: Sam
     return None
 
 
-def _same_rounding(module: Any, region: Region, proposal: Proposal, sample: Sample, fused: Fused) -> Reject | None:
+def _same_rounding(region: Region, proposal: Proposal, sample: Sample, fused: Fused) -> Reject | None:
     """The tolerance rule on the true dtypes; the float64 reference runs on the same rounded inputs."""
     with torch.no_grad():
         try:
-            theirs, *scores = module(*sample.inputs)
+            theirs, *scores = region.run(sample.inputs)
         except Exception as error:  # noqa: BLE001  as above: anything may be raised
             return Reject("verify.run", f"{type(error).__name__}: {error}", sample.label)
         operands = sample_operands(proposal, sample)
