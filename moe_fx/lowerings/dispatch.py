@@ -54,7 +54,7 @@ class Dispatch:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         spec, binding, _, _ = _parsed(attrs)
         e = spec.expert.experts
-        grads = [torch.zeros_like(o, memory_format=torch.contiguous_format) for o in operands] if any(needs) else None
+        grads = [torch.empty_like(o, memory_format=torch.contiguous_format) for o in operands] if any(needs) else None
         views = None if grads is None else bind(binding, grads, e)
         try:
             dx, dweights = experts_backward(grad, x, ids, weights, bind(binding, operands, e), spec, views)

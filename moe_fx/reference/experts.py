@@ -87,7 +87,7 @@ def _expert(rows: Tensor, experts: Experts, e: int, spec: ExpertSpec) -> _Trace:
     if spec.w2_bias:
         assert experts.down_bias is not None
         out = out + experts.down_bias[e].to(compute)
-    return _Trace(rows, gate, second, hidden, out, _norm(out, experts.norm, spec))
+    return _Trace(rows, gate, second, hidden, out, normalise(out, experts.norm, spec))
 
 
 def _gate_and_up(up: list[Tensor], experts: Experts, spec: ExpertSpec) -> tuple[Tensor, Tensor | None]:
@@ -96,7 +96,8 @@ def _gate_and_up(up: list[Tensor], experts: Experts, spec: ExpertSpec) -> tuple[
     return (up[0], up[1]) if len(up) == 2 else split_gate_up(up[0], experts.order)
 
 
-def _norm(out: Tensor, weight: Tensor | None, spec: ExpertSpec) -> Tensor:
+def normalise(out: Tensor, weight: Tensor | None, spec: ExpertSpec) -> Tensor:
+    """An expert's outputs [n, H] through ``spec.norm`` with its weight [H]: in float32 or wider, result as ``out``."""
     if not spec.norm:
         return out
     assert weight is not None
@@ -109,8 +110,8 @@ def _norm(out: Tensor, weight: Tensor | None, spec: ExpertSpec) -> Tensor:
     return (unit if scale is None else unit * scale).to(out.dtype)
 
 
-def _norm_backward(dout: Tensor, out: Tensor, weight: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
-    """(gradient of ``_norm``'s input, gradient of its weight [H])."""
+def norm_backward(dout: Tensor, out: Tensor, weight: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+    """(gradient of ``normalise``'s input, gradient of its weight [H])."""
     wide = out.to(torch.promote_types(out.dtype, torch.float32))
     d, g = dout.to(wide.dtype), weight.to(wide.dtype)
     inner = wide * (1 + g) if spec.norm == "rms_input_scaled" else wide
@@ -128,7 +129,7 @@ def _expert_backward(dout: Tensor, trace: _Trace, experts: Experts, e: int, spec
     if spec.norm:
         assert experts.norm is not None
         assert grads.norm is not None
-        dout, dnorm = _norm_backward(dout, trace.out, experts.norm, spec)
+        dout, dnorm = norm_backward(dout, trace.out, experts.norm, spec)
         grads.norm += dnorm.to(grads.norm.dtype)
     compute = trace.x.dtype
     grads.down[e].copy_(dout.t() @ trace.hidden)

@@ -21,7 +21,7 @@ from moe_fx.kernels.experts.rows import (
     sort_rows,
 )
 from moe_fx.reference.activations import activation
-from moe_fx.reference.experts import _norm, _norm_backward
+from moe_fx.reference.experts import norm_backward, normalise
 from moe_fx.spec import MoESpec
 
 
@@ -121,10 +121,10 @@ class _Job:
         if experts.down_bias is not None:
             out += experts.down_bias[e].to(self.dtype)
         if self.spec.combine.weight_on == "output":
-            normed = _norm(out, experts.norm, spec)
+            normed = normalise(out, experts.norm, spec)
             self.dweights[start:stop] = (d_out.to(self.dweights.dtype) * normed).sum(-1)
             d_out = d_out * w
-        d_out, dnorm = _norm_backward(d_out.to(self.dtype), out, experts.norm, spec)
+        d_out, dnorm = norm_backward(d_out.to(self.dtype), out, experts.norm, spec)
         if self.grads is not None:
             assert self.grads.norm is not None
             self.grads.norm += dnorm.to(self.grads.norm.dtype)

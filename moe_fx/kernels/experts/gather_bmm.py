@@ -15,7 +15,7 @@ from moe_fx.binding import Experts, Matrices
 from moe_fx.kernels.experts.reference import ALL
 from moe_fx.kernels.experts.rows import activate, compute_dtype, empty_result, finish, gather_rows, inside
 from moe_fx.kernels.registry import Cost, experts_kernel
-from moe_fx.reference.experts import _norm
+from moe_fx.reference.experts import normalise
 from moe_fx.spec import MoESpec
 
 CHUNK = 32  # rows whose weights are copied at a time: bounds the memory
@@ -49,7 +49,7 @@ def _rows(inputs: Tensor, expert: Tensor, experts: Experts, spec: MoESpec) -> Te
     out = _product(activate(up, experts, spec.expert), experts.down, expert)
     if experts.down_bias is not None:
         out += _pick(experts.down_bias, expert, out.dtype)
-    return _norm(out, experts.norm, spec.expert)
+    return normalise(out, experts.norm, spec.expert)
 
 
 def _product(inputs: Tensor, matrices: Matrices, expert: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from moe_fx.kernels.experts.rows import (
     sort_rows,
 )
 from moe_fx.kernels.registry import Cost, experts_kernel, touched
-from moe_fx.reference.experts import _norm
+from moe_fx.reference.experts import normalise
 from moe_fx.spec import MoESpec
 
 CHUNK = 256  # rows that share one activation call: few calls at small T, inside the L2 cache at large T
@@ -52,7 +52,7 @@ def sorted_loop(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec:
         if experts.down_bias is not None:
             _add_biases(result, experts.down_bias, chunk)
         if spec.expert.norm:
-            result.copy_(_norm(result, experts.norm, spec.expert))
+            result.copy_(normalise(result, experts.norm, spec.expert))
     if rows.used < ids.numel():
         out[rows.used :].zero_()
         weights = weights.masked_fill(~inside(ids, spec.expert.experts), 0)

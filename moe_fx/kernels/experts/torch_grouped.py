@@ -17,7 +17,7 @@ from moe_fx.kernels.experts.reference import ALL
 from moe_fx.kernels.experts.rows import SortedRows, activate, empty_result, finish, gather_rows, inside
 from moe_fx.kernels.registry import Cost, experts_kernel
 from moe_fx.reasons import MoEFxRuntimeError
-from moe_fx.reference.experts import _norm
+from moe_fx.reference.experts import normalise
 from moe_fx.spec import MoESpec
 
 CAPABILITY = replace(
@@ -58,7 +58,7 @@ def torch_grouped(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spe
     if experts.down_bias is not None:
         out += _bias_rows(experts.down_bias, expert, out)
     if spec.expert.norm:
-        out = _norm(out, experts.norm, spec.expert)
+        out = normalise(out, experts.norm, spec.expert)
     # Asking whether there is such a row would wait for a GPU; on a CPU it is cheaper than the pass.
     if out.is_cuda or not bool(valid.all()):
         out.masked_fill_((key == count).unsqueeze(1), 0)
