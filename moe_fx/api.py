@@ -36,6 +36,7 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwa
     The model is run once, without gradients unless grad mode is on and an argument requires them; nothing is changed.
     """
     chosen = {"inner_backend": "eager", **(options or {})}
+    resolve(chosen)
     RECORDER.begin(object())
     compiler: Any = torch.compile
     compiler(model, backend=backend.moe_fx, options=chosen)(*args, **kwargs)

@@ -34,7 +34,8 @@ from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
 from moe_fx.passes.regions import Region, describe, graph_parts
 from moe_fx.passes.rewrite import rewrite
-from moe_fx.passes.sampling import Sampler, id_range
+from moe_fx.passes.sampling import IdRange, Sampler, id_range
+from moe_fx.passes.shrink import Twin, shrink
 from moe_fx.passes.verify import verify
 from moe_fx.plan import Plan
 from moe_fx.reasons import MoEFxError, MoEFxInternalError, MoEFxWarning, Reject
@@ -151,19 +152,21 @@ class _Graph:
         rejects: list[Reject] = []
         proposals: list[Proposal] = []
         with self._stage("match", failed), isolated():
-            result = propose(region, Sampler(region, bounds))
+            twin = shrink(region)
+            result = propose(twin.region, Sampler(twin.region, bounds))
             if isinstance(result, Reject):
                 rejects.append(result)
             else:
                 proposals = result
-        for proposal in proposals:
+        for small in proposals:
+            proposal = twin.enlarge(small)
             plan: Plan | None = None
             with self._stage("plan", failed):
                 plan = self._plan(region, proposal, training)
             if plan is None:
                 break
             with self._stage("verify", failed), isolated():
-                reject = self._verify(region, proposal, plan, bounds, training)
+                reject = self._verify(twin, small, plan, bounds, training)
                 if reject is None:
                     positions = tuple(region.inputs.index(n) for n in proposal.operands)
                     self.dump.region(key, region, proposal, plan)
@@ -184,7 +187,7 @@ class _Graph:
         )
         return choose(proposal.spec, proposal.binding, request, _device(w.device), KERNELS)
 
-    def _verify(self, region: Region, proposal: Proposal, plan: Plan, bounds: Any, training: bool) -> Reject | None:
+    def _verify(self, twin: Twin, small: Proposal, plan: Plan, bounds: IdRange, training: bool) -> Reject | None:
         if self.options.verify == "off":
             return None
 
@@ -192,7 +195,7 @@ class _Graph:
             attrs = (str(proposal.spec), str(proposal.binding), plan.op_string())
             return torch.ops.moe_fx.experts(x, ids, weights, operands, *attrs)
 
-        return verify(region, proposal, Sampler(region, bounds, seed=1), training, fused)
+        return verify(twin, small, bounds, training, fused)
 
     def _rewrite(self, accepted: list[tuple[Graph, Region, Proposal, Plan, int]], sites: list[Site]) -> None:
         """Last block first, so that no region refers to a node that another rewrite replaced."""

@@ -14,7 +14,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Role = Literal["w13", "w1", "w3", "w2", "w13_bias", "w1_bias", "w3_bias", "w2_bias", "norm"]
+Role = Literal[
+    "w13", "w1", "w3", "w2", "w13_bias", "w1_bias", "w3_bias", "w2_bias", "norm", "router_bias", "expert_scale"
+]  # fmt: skip
+ROUTER_ROLES: tuple[Role, ...] = ("router_bias", "expert_scale")  # one tensor [E] each, after all roles of the experts
 Form = Literal["stacked", "list", "flat"]
 Order = Literal["gate_up", "up_gate", "interleaved"]
 GRAMMAR = "bind/1"
@@ -27,7 +30,7 @@ class Operand:
     form: "stacked" one tensor [E, out, in]; "list" E tensors [out, in]; "flat" one tensor [E*out, in].
     transposed: the last two sizes are [in, out].
     order: of the 2I rows of w13 and w13_bias: gate then up, up then gate, or gate and up in turn.
-    Biases are [E, out] ("stacked") or E tensors [out] ("list"); norm is one tensor [H].
+    Biases are [E, out] ("stacked") or E tensors [out] ("list"); norm is one tensor [H]; those of the router are [E].
     """
 
     role: Role
@@ -67,6 +70,16 @@ def parse_binding(text: str) -> WeightBinding:
                 raise ValueError(f"{value!r} in {part!r} is not one of {', '.join(get_args(allowed))}")
         operands.append(Operand(role, form, orientation == "in_out", order))  # type: ignore[arg-type]
     return WeightBinding(tuple(operands))
+
+
+def split_router(binding: WeightBinding) -> tuple[WeightBinding, tuple[Role, ...]]:
+    """(the binding of the experts alone, the router's roles: their tensors are the last operands).  ValueError where a
+    router's role stands before one of the experts."""
+    roles = tuple(o.role for o in binding.operands if o.role in ROUTER_ROLES)
+    experts = binding.operands[: len(binding.operands) - len(roles)]
+    if any(o.role in ROUTER_ROLES for o in experts):
+        raise ValueError(f"the router's operands must come last: {binding}")
+    return WeightBinding(experts), roles
 
 
 Matrices = Tensor | list[Tensor]  # [E, out, in], or E matrices [out, in]; biases [E, out] or E vectors [out]
@@ -114,7 +127,7 @@ def bind(binding: WeightBinding, operands: list[Tensor], experts: int) -> Expert
 
 
 def _uniform(operand: Operand, tensors: list[Tensor], experts: int) -> Matrices:
-    if operand.role == "norm":
+    if operand.role == "norm" or operand.role in ROUTER_ROLES:
         return tensors[0]
     if operand.role.endswith("_bias"):
         return list(tensors) if operand.form == "list" else tensors[0].view(experts, -1)

@@ -16,6 +16,7 @@ HINTS: dict[str, str] = {
     "match.weights": "use plain float16, bfloat16, float32 or float64 parameters",
     "verify.values": "the proposal was wrong and was dropped: please report the block",
     "verify.gradients": "the proposal was wrong and was dropped: please report the block",
+    "verify.coverage": "move the threshold, limit or slice that the message names out of the experts' code",
     "verify.rounding": "the original computes part of the block in a wider dtype: please report the block",
     "verify.run": "the message says what the block needs that samples do not have",
     "verify.memory": 'verify one layer on its own, or pass verify="off" for a model that you have checked',

@@ -12,17 +12,20 @@ replay.  The op is opaque to autocast: casts were part of the block that it repl
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from moe_fx.binding import bind, parse_binding
-from moe_fx.reasons import MoEFxRuntimeError
+from moe_fx.binding import WeightBinding, bind, parse_binding
+from moe_fx.plan import parse_plan
+from moe_fx.reasons import MoEFxRuntimeError, MoEFxUnsupportedError
 from moe_fx.reference import experts_backward as reference_backward
 from moe_fx.reference import experts_forward as reference_forward
 from moe_fx.reference.experts import dtype_of
-from moe_fx.spec import parse
+from moe_fx.spec import MoESpec, parse
 
 
 class Implementation(Protocol):
@@ -80,16 +83,57 @@ def install(implementation: Implementation) -> None:
     _implementation = implementation
 
 
-def _check(x: Tensor, ids: Tensor, weights: Tensor, spec: str) -> None:
+@lru_cache(maxsize=4096)
+def _read(spec: str, binding: str, plan: str) -> tuple[MoESpec, WeightBinding, int]:
+    """The attributes, and how many operands they ask for; another version may have written them."""
+    try:
+        parse_plan(plan)
+        parsed, bound = parse(spec), parse_binding(binding)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise MoEFxRuntimeError(f"a fused op has attributes that cannot be read: {error}") from error
+    lists = sum(o.form == "list" and o.role != "norm" for o in bound.operands)
+    return parsed, bound, len(bound.operands) + lists * (parsed.expert.experts - 1)
+
+
+def _differ(size: object, wanted: object) -> bool:
+    """For certain, without a guard on a symbolic size."""
+    return isinstance(size, int) and isinstance(wanted, int) and size != wanted
+
+
+def _check(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], attrs: Attributes) -> None:
     """A named error instead of a wrong read."""
-    parsed = parse(spec)
-    if x.ndim != 2 or x.shape[1] != parsed.expert.hidden:
-        raise MoEFxRuntimeError(f"x must be [T, {parsed.expert.hidden}], got {list(x.shape)}")
-    if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype.is_floating_point:
-        found = f"{ids.dtype} {list(ids.shape)}"
-        raise MoEFxRuntimeError(f"topk_ids must be integers [T, k] with T = {x.shape[0]}, got {found}")
-    if weights.shape != ids.shape:
+    spec, binding, count = _read(*attrs)
+    hidden, k = spec.expert.hidden, spec.top_k
+    if x.ndim != 2 or _differ(x.shape[1], hidden) or not x.dtype.is_floating_point:
+        raise MoEFxRuntimeError(f"x must be [T, {hidden}] and floating, got {x.dtype} {list(x.shape)}")
+    if ids.ndim != 2 or _differ(ids.shape[0], x.shape[0]) or _differ(ids.shape[1], k) or ids.dtype.is_floating_point:
+        got = f"{ids.dtype} {list(ids.shape)}"
+        raise MoEFxRuntimeError(f"topk_ids must be integers [T, {k}] with T = {x.shape[0]}, got {got}")
+    if weights.ndim != 2 or any(map(_differ, weights.shape, ids.shape)):
         raise MoEFxRuntimeError(f"topk_weights {list(weights.shape)} must have the shape of topk_ids {list(ids.shape)}")
+    if len(operands) != count:
+        raise MoEFxRuntimeError(f"{len(operands)} operands for a binding of {count}: {binding}")
+    position = 0
+    for operand in binding.operands:
+        sizes = operands[position].shape
+        position += 1 if operand.form != "list" or operand.role == "norm" else spec.expert.experts
+        if operand.form == "stacked" and operand.role != "norm" and _differ(sizes[0], spec.expert.experts):
+            raise MoEFxRuntimeError(f"{operand.role} {list(sizes)} must hold {spec.expert.experts} experts")
+
+
+def _refuse_forward_mode(tensors: list[Tensor]) -> None:
+    """Below autograd a tangent would be dropped in silence."""
+    if forward_ad._current_level < 0:
+        return
+    with forward_ad._set_fwd_grad_enabled(True):
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise MoEFxUnsupportedError(_NO_TRANSFORM)
+
+
+_NO_TRANSFORM = (
+    "moe_fx.experts has no forward-mode derivative and no torch.func transform (vmap, jvp, grad); compile the part "
+    "that needs one with another backend, or set MOE_FX_DISABLE=1"
+)
 
 
 @torch.library.custom_op("moe_fx::experts", mutates_args=())
@@ -102,15 +146,18 @@ def experts(
     binding: str,
     plan: str,
 ) -> Tensor:
-    _check(x, topk_ids, topk_weights, spec)
+    attrs = (spec, binding, plan)
+    _check(x, topk_ids, topk_weights, operands, attrs)
+    _refuse_forward_mode([x, topk_weights, *operands])
     with torch._C._DisableAutocast():
-        return _implementation.forward(x, topk_ids, topk_weights, list(operands), (spec, binding, plan))
+        return _implementation.forward(x, topk_ids, topk_weights, list(operands), attrs)
 
 
 @experts.register_fake
 def _experts_fake(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str
 ) -> Tensor:
+    _check(x, topk_ids, topk_weights, operands, (spec, binding, plan))
     return x.new_empty(x.shape, dtype=dtype_of(parse(spec).combine.out_dtype, x.dtype))
 
 
@@ -181,3 +228,12 @@ def _no_second_derivative(ctx: Any, *grads: object) -> None:
 
 
 experts_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+def _no_transform(*_: object) -> None:
+    raise MoEFxUnsupportedError(_NO_TRANSFORM)
+
+
+_LIBRARY = torch.library.Library("moe_fx", "FRAGMENT")  # held: its registrations live as long as it does
+for _name in ("experts", "experts_backward"):
+    _LIBRARY.impl(_name, _no_transform, "FuncTorchDynamicLayerFrontMode")

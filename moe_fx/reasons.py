@@ -46,6 +46,7 @@ CODES: dict[str, str] = {
     # VERIFY
     "verify.values": "the block and its specification give different values",
     "verify.gradients": "the block and its specification give different gradients",
+    "verify.coverage": "a threshold, limit or cut in the block was never seen from both sides",
     "verify.rounding": "the fused result is less exact than the original by more than the tolerance rule allows",
     "verify.run": "the block could not be run on sampled inputs",
     "verify.memory": "the block could not be verified within the memory budget",

@@ -68,15 +68,18 @@ class CombineSpec:
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
-    """From router logits [T, E] to ids and weights [T, k].
+    """From router logits [T, E] to ids and weights [T, k]; ``reference.router`` is the definition.
 
     score: function of the logits; ``order`` says whether it is applied before the selection or to the selected logits.
-    score_dtype: dtype of the score ("" that of the logits).
-    bias: a selection bias [E] is added to the scores (or to the logits) for the choice only.
+    score_dtype: dtype of the score and of all that follows ("" that of the logits).
+    bias: an operand [E] is added to the scores (or to the logits) for the choice only.
     groups, topk_groups, group_score, group_fill: only experts of the best groups can be chosen; a group is worth its
     best expert ("max") or its two best ("top2_sum"); experts of other groups get the fill value.
-    renormalise, eps: weights are divided by (their sum + eps).
-    scale: routed_scaling_factor.  weight_dtype: dtype of the weights handed to the experts ("" as computed).
+    weights_from: the chosen experts' "scores", or those scores after the fill ("masked": topk's own values).
+    renormalise, eps, eps_form: weights are divided by (their sum + eps), or by max(their sum, eps) ("clamp").
+    scale: routed_scaling_factor.  expert_scale: an operand [E] multiplies the weights of the experts it belongs to.
+    sorted: topk's flag: without it the order within a row is the algorithm's own.
+    weight_dtype: dtype of the weights handed to the experts ("" as computed).
     """
 
     score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
@@ -87,9 +90,12 @@ class RouterSpec:
     topk_groups: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
     group_fill: float = 0.0
+    weights_from: Literal["scores", "masked"] = "scores"
     renormalise: bool = False
     eps: float = 0.0
+    eps_form: Literal["add", "clamp"] = "add"
     scale: float = 1.0
+    expert_scale: bool = False
     sorted: bool = True
     weight_dtype: DTypeName = ""
 

@@ -8,6 +8,7 @@ an end like any other.  Nodes are numbered; an edge always goes from a smaller t
 from __future__ import annotations
 
 import heapq
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -87,30 +88,33 @@ class Dataflow:
         self.live = self._closure(self._roots(), self.preds)
 
     def _link(self) -> None:
-        writers: dict[int, list[Node]] = {}
+        writers: dict[int, Node] = {}  # the last one: it reads what it writes to, so it depends on those before it
         for node in self.nodes:
             preds = list(node.all_input_nodes)
             known = set(preds)
             for read in node.all_input_nodes:
                 for storage in self.storages[read]:
-                    for writer in writers.get(storage, ()):
-                        if writer not in known and self.position[writer] > self.position[read]:
-                            known.add(writer)
-                            preds.append(writer)
+                    writer = writers.get(storage, read)
+                    if writer not in known and self.position[writer] > self.position[read]:
+                        known.add(writer)
+                        preds.append(writer)
             self.preds[node] = preds
             for pred in preds:
                 self.succs[pred].append(node)
             for written in self.writes[node]:
                 for storage in self.storages[written]:
-                    writers.setdefault(storage, []).append(node)
+                    writers[storage] = node
 
     def _roots(self) -> list[Node]:
-        """The output, and nodes whose effect outlives the graph: a write to an input, random numbers, mode switches."""
+        """The output, and nodes whose effect outlives the graph: a write to an input, random numbers, mode switches,
+        and what gives no value (it can only have an effect)."""
         inputs = {s for n in self.nodes if n.op in ("placeholder", "get_attr") for s in self.storages[n]}
         roots = []
         for node in self.nodes:
             outlives = any(self.storages[w] & inputs for w in self.writes[node])
-            if node.op == "output" or outlives or self.is_random(node) or self.is_mode_switch(node):
+            silent = node.op.startswith("call_") and value(node) is None and not self.writes[node]
+            effect = self.is_random(node) or self.is_mode_switch(node) or (silent and not self.is_assertion(node))
+            if node.op == "output" or outlives or effect:
                 roots.append(node)
         return roots
 
@@ -190,9 +194,9 @@ class Dataflow:
     @staticmethod
     def is_random(node: Node) -> bool:
         name = target_name(node)
-        if name in ("dropout", "alpha_dropout"):
-            args = [*node.args[1:], *node.kwargs.values()]
-            return False not in [a for a in args if isinstance(a, bool)] and 0.0 not in node.args[1:2]
+        if name in ("dropout", "alpha_dropout"):  # (input, p, training, inplace)
+            p, training = (*node.args[1:3], None, None)[:2]
+            return node.kwargs.get("training", training) is not False and node.kwargs.get("p", p) != 0.0
         return name in _RANDOM
 
     @staticmethod
@@ -202,7 +206,9 @@ class Dataflow:
 
     @staticmethod
     def is_assertion(node: Node) -> bool:
-        return target_name(node).lstrip("_").startswith(tuple(a.lstrip("_") for a in ASSERTIONS))
+        """An assertion about sizes.  One that reads a tensor is the user's: its error is part of what the code does."""
+        named = target_name(node).lstrip("_").startswith(tuple(a.lstrip("_") for a in ASSERTIONS))
+        return named and not any(tensors(p) for p in node.all_input_nodes)
 
 
 def _storages(node: Node) -> set[int]:
@@ -220,17 +226,32 @@ def _written(node: Node) -> list[Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     name = target_name(node)
-    written: list[object] = []
+    written: list[object] = [node.kwargs.get("out")]
     if node.target in _INPLACE_OPERATORS or name == "__setitem__":
         written.append(node.args[0])
     elif isinstance(node.target, torch._ops.OpOverload):
-        for arg, declared in zip(node.args, node.target._schema.arguments, strict=False):
+        for i, declared in enumerate(node.target._schema.arguments):
             if declared.alias_info is not None and declared.alias_info.is_write:
-                written.append(arg)
-    elif (name.endswith("_") and not name.endswith("__") and node.args) or node.kwargs.get("inplace") is True:
-        written.append(node.args[0])
-    written.append(node.kwargs.get("out"))
-    return [w for w in written if isinstance(w, Node)]
+                written.append(node.args[i] if i < len(node.args) else node.kwargs.get(declared.name))
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        written += node.all_input_nodes if "mutation" in name else []
+    elif (name.endswith("_") and not name.endswith("__") and node.args) or _asks_inplace(node):
+        written.append(node.args[0] if node.args else node.kwargs.get("input"))
+    leaves = torch.utils._pytree.tree_leaves(written)  # ``out=(a, b)``, ``_foreach_mul_([a, b], 2)``
+    return [w for w in leaves if isinstance(w, Node)]
+
+
+def _asks_inplace(node: Node) -> bool:
+    """``F.relu(h, inplace=True)``, or ``F.relu(h, True)``: the parameter's place is in the function's signature."""
+    if node.kwargs.get("inplace") is True:
+        return True
+    if node.op != "call_function" or not any(a is True for a in node.args):
+        return False
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin without a signature takes no such flag
+        return False
+    return bound.arguments.get("inplace") is True
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from moe_fx.passes.dataflow import target_name_of
+from moe_fx.passes.coverage import Coverage
+from moe_fx.passes.dataflow import target_name, target_name_of
 
 aten = torch.ops.aten
 _EXACT = torch.float64
@@ -113,11 +114,11 @@ _PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
 
 
 class Exact(TorchDispatchMode):
-    """Everything floating is float64.  ``watch``, when given, sees every op."""
+    """Everything floating is float64.  ``watch`` and ``coverage``, when given, see every op."""
 
-    def __init__(self, watch: Watch | None = None):
+    def __init__(self, watch: Watch | None = None, coverage: Coverage | None = None):
         super().__init__()
-        self.watch = watch
+        self.watch, self.coverage = watch, coverage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -125,9 +126,13 @@ class Exact(TorchDispatchMode):
         kwargs = tree_map_only(torch.dtype, _widen, kwargs)
         if func in (aten._softmax.default, aten._log_softmax.default):
             args = (*args[:2], False)
+        if self.coverage is not None:
+            self.coverage.before(func, args, kwargs)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.is_floating_point() and out.dtype != _EXACT:
             out = out.to(_EXACT)
+        if self.coverage is not None:
+            self.coverage.after(func, out)
         if self.watch is not None:
             self.watch.see(func, args, out)
         return out
@@ -167,7 +172,11 @@ class _Runner(Interpreter):
         self.mode = mode
 
     def run_node(self, n: Node) -> Any:
+        if self.mode.coverage is not None:
+            self.mode.coverage.node = n.name
         out = super().run_node(n)
+        if self.mode.coverage is not None and target_name(n) in ("getitem", "__getitem__"):
+            self.mode.coverage.cut(n, self.env.get(n.args[0]), out)  # type: ignore[arg-type]
         if self.mode.watch is not None and isinstance(out, Tensor) and n.op.startswith("call"):
             with _disable_current_modes():
                 self.mode.watch.values[n.name] = out.detach().clone()
@@ -186,7 +195,9 @@ class _Runner(Interpreter):
         return out
 
 
-def run_exact(module: GraphModule, inputs: list[Any], watch: Watch | None = None) -> tuple[Tensor, ...]:
+def run_exact(
+    module: GraphModule, inputs: list[Any], watch: Watch | None = None, coverage: Coverage | None = None
+) -> tuple[Tensor, ...]:
     """The region's results on ``inputs`` (floating tensors in float64)."""
-    with Exact(watch) as mode:
+    with Exact(watch, coverage) as mode:
         return _Runner(module, mode).run(*inputs)

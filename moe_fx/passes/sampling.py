@@ -8,9 +8,10 @@ a few experts are filled, so that memory follows the experts in use and not the 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,10 @@ from torch.fx import Node
 from moe_fx.passes.dataflow import fake, target_name, tensor, value
 from moe_fx.passes.regions import Region, numel
 
-Pattern = Literal["random", "few", "first", "last", "outside", "duplicates"]
+Pattern = str  # "random", "few", "first", "last", "duplicates", "cover <first expert>", "outside <id>"
+_LARGE = 1 << 20  # bytes of one expert in float64 from which only a band of its units is filled
+_FILLED = 128 << 20  # bytes of expert weights in float64 that a sample fills
+_BAND = 64
 MEMORY_BUDGET = 2 << 30  # bytes of filled expert weights, and of rows gathered, a sample may hold
 
 _MOST_TOKENS = 1025
@@ -52,6 +56,10 @@ class Sampler:
         self.experts = region.down.sizes[0]
         self.bounds = bounds
         self.generator = torch.Generator().manual_seed(seed)
+        self.each = sum(fake(n).numel() for n in region.weight_nodes) * 8 // self.experts  # bytes of one in float64
+        self.large = self.each > _LARGE
+        self.band = 0
+        self._weights: dict[tuple[torch.dtype | None, int | None], tuple[list[int], dict[Node, Tensor]]] = {}
         self.symbols = sorted({s for node in region.inputs for size in _sizes(node) for s in _free(size)}, key=str)
 
     def token_counts(self) -> list[int]:
@@ -64,15 +72,27 @@ class Sampler:
         return [t for t in (5, 1, max([min(self.experts + 1, 65), *beyond])) if self._affordable(t)]
 
     def patterns(self) -> list[Pattern]:
-        """Routings to try: three for each token count, and those that ids of unknown origin may bring."""
+        """Routings to try: three for each token count, and those that ids of unknown origin may bring; one foreign id
+        at a time, so that an error on one does not hide what another does."""
         counts = len(self.token_counts())
         found: list[Pattern] = [p for p in _ROUTINGS for _ in range(counts)][: 9 if self._cheap() else 3]
         low, high, distinct = self.bounds
         if not distinct and self.region.top_k > 1:
             found += ["duplicates"] * counts
-        if low < 0 or high >= self.experts:
-            found += ["outside"] * counts
-        return found
+        last = int(min(high, self.experts + 2))
+        foreign = [i for i in (-1, -self.experts) if i >= low] + list(range(self.experts, last + 1))
+        return found + [f"outside {i}" for i in foreign]
+
+    def more(self) -> Iterator[Sample]:
+        """Further samples, for decisions that those of ``patterns`` took one way only: every expert in turn, rows just
+        within and just beyond each number in the block."""
+        region, tokens = self.region, max(self.token_counts())
+        step = min(tokens * region.top_k, len(self._chosen(region.top_k)))
+        limits = [*_magnitudes(region.nodes), 1.0]
+        for factor in (0.3, 3.0):
+            for i in range(-(-self.experts // step)):
+                for limit in limits:
+                    yield self.draw(tokens, f"cover {i * step}", torch.float64, factor * limit)
 
     def samples(self, dtype: torch.dtype | None, patterns: list[Pattern]) -> Iterator[Sample]:
         """One sample per pattern, token counts in turn.  dtype: None keeps the region's own."""
@@ -82,14 +102,18 @@ class Sampler:
 
     def _cheap(self) -> bool:
         """Whether nine float64 runs take seconds at most."""
-        sizes = [tensor(n) for n in self.region.weight_nodes]
-        each = sum(t.numel() for t in sizes if t is not None) // self.experts
-        return 2 * each * max(self.token_counts()) * self.region.top_k < 4e9
+        return self.each / 4 * max(self.token_counts()) * self.region.top_k < 4e9
 
-    def draw(self, tokens: int, pattern: Pattern, dtype: torch.dtype | None) -> Sample:
+    def draw(self, tokens: int, pattern: Pattern, dtype: torch.dtype | None, scale: float | None = None) -> Sample:
+        """scale: of all rows of x, instead of many."""
         region, k = self.region, self.region.top_k
         tokens, assignment = self._assignment(tokens)
-        chosen = self._chosen(k)
+        cover = int(pattern.split()[1]) if pattern.startswith("cover") else None
+        key = (dtype, cover)
+        if key not in self._weights:  # drawn once: routings and rows change, weights need not
+            self._weights = {k: held for k, held in self._weights.items() if k[0] != dtype}
+            self._weights[key] = (self._chosen(k, cover), {})
+        chosen, held = self._weights[key]
         ids = self._ids(tokens, k, pattern, chosen)
         filled = chosen if len(chosen) < self.experts else None
         values: dict[Node, Any] = {}
@@ -105,13 +129,15 @@ class Sampler:
             elif node is region.weights:
                 values[node] = self._routing_weights(shape, kind, special=dtype is not None)
             elif node in region.weight_nodes:
-                values[node] = self._weight(node, shape, kind, filled)
+                if node not in held:
+                    held[node] = self._weight(node, shape, kind, filled)
+                values[node] = held[node]
             elif node in region.params:
                 values[node] = self._normal(shape, kind, 0.5)
             else:
                 values[node] = self._normal(shape, kind, 1.0)
                 if dtype is not None and node is region.x:
-                    values[node] = self._special_rows(values[node])
+                    values[node] = self._special_rows(values[node]) if scale is None else values[node] * scale
         values = {n: v.to(fake(n).device) if isinstance(v, Tensor) else v for n, v in values.items()}
         operands = {n: values[n] for n in (*region.weight_nodes, *region.params)}
         x = values[region.x].reshape(-1, region.hidden)
@@ -123,16 +149,33 @@ class Sampler:
     def _weight(self, node: Node, shape: list[int], dtype: torch.dtype, filled: list[int] | None) -> Tensor:
         scale = min(shape[-1], shape[-2]) ** -0.5
         if len(shape) == 2:
-            index = self.region_index(node)
-            if filled is not None and index not in filled:
-                return torch.zeros(shape, dtype=dtype)
+            matrix = _lazy_zeros(shape, dtype)
+            if filled is None or self.region_index(node) in filled:
+                for part in self._parts(matrix):
+                    part.copy_(self._normal(list(part.shape), dtype, scale))
+            return matrix
+        if filled is None and not self.large:
             return self._normal(shape, dtype, scale)
-        if filled is None:
-            return self._normal(shape, dtype, scale)
-        bank = torch.zeros(shape, dtype=dtype)  # untouched pages stay unallocated
-        for e in filled:
-            bank[e] = self._normal(shape[1:], dtype, scale)
+        bank = _lazy_zeros(shape, dtype)
+        for e in range(self.experts) if filled is None else filled:
+            for part in self._parts(bank[e]):
+                part.copy_(self._normal(list(part.shape), dtype, scale))
         return bank
+
+    def _parts(self, matrix: Tensor) -> Iterator[Tensor]:
+        """What is filled of one expert's matrix: all of it or, where that is much, the same band of intermediate units
+        in every matrix, wherever gate and up of a unit may lie (in halves or in turn)."""
+        if not self.large:
+            yield matrix
+            return
+        hidden = self.region.hidden
+        dim = 0 if matrix.shape[1] == hidden else 1
+        units = min(n for n in self.region.down.sizes[1:] if n != hidden or matrix.shape[0] == matrix.shape[1])
+        for start in {self.band, units + self.band}:
+            if start < matrix.shape[dim]:
+                yield matrix.narrow(dim, start, min(_BAND, matrix.shape[dim] - start))
+        if matrix.shape[dim] == 2 * units:
+            yield matrix.narrow(dim, 2 * self.band, 2 * _BAND)
 
     def region_index(self, node: Node) -> int:
         """Which expert a parameter of a list belongs to."""
@@ -145,9 +188,11 @@ class Sampler:
     def _special_rows(self, x: Tensor) -> Tensor:
         """x with one factor a row, over decades and beyond every number in the block, so that each limit takes effect
         in some rows and not in others; and, among many rows, some zero and some equal."""
-        largest = min(max([25.0, *constants(self.region.nodes)]), 1e6)
+        numbers = _magnitudes(self.region.nodes)
+        largest = min(max([25.0, *numbers]), 1e12)
+        smallest = max(min([1.0, *numbers]), 1e-12)
         exponents = torch.rand([*x.shape[:-1], 1], generator=self.generator, dtype=torch.float64)
-        x = x * 0.1 * (40 * largest) ** exponents
+        x = x * 0.1 * smallest * (40 * largest / smallest) ** exponents
         rows = x.view(-1, x.shape[-1])
         if len(rows) >= 5:
             rows[1::7] = 0
@@ -164,21 +209,24 @@ class Sampler:
         weights = weights * sign * 10 ** (-5 * draw)
         return torch.where(draw > 0.9, 0.0, torch.where(draw > 0.8, 1.0, weights)).to(dtype)
 
-    def _chosen(self, k: int) -> list[int]:
-        """Experts whose weights are filled: all, or as many as the memory budget holds."""
-        sizes = [tensor(n) for n in self.region.weight_nodes]
-        each = sum(t.numel() for t in sizes if t is not None) * 8 // self.experts
-        count = min(self.experts, max(k + 1, MEMORY_BUDGET // 4 // max(each, 1)))
+    def _chosen(self, k: int, first: int | None = None) -> list[int]:
+        """Experts whose weights are filled: all, or as many as the memory budget holds; from ``first`` on."""
+        units = min(self.region.down.sizes[1:])
+        self.band = int(torch.randint(max(units - _BAND, 1), (1,), generator=self.generator))
+        filled = self.each * _BAND * 2 // min(self.region.down.sizes[1:]) if self.large else self.each
+        count = min(self.experts, max(k + 1, _FILLED // max(filled, 1)))
+        if first is not None:
+            return [(first + i) % self.experts for i in range(count)]
         return sorted(torch.randperm(self.experts, generator=self.generator)[:count].tolist())
 
     def _affordable(self, tokens: int) -> bool:
         """Whether gathering the weights of every row (the worst spelling) stays within the budget."""
-        sizes = [tensor(n) for n in self.region.weight_nodes]
-        each = sum(t.numel() for t in sizes if t is not None) * 8 // self.experts
-        return tokens == 1 or tokens * self.region.top_k * each <= MEMORY_BUDGET
+        return tokens == 1 or tokens * self.region.top_k * self.each <= MEMORY_BUDGET
 
     def _ids(self, tokens: int, k: int, pattern: Pattern, chosen: list[int]) -> Tensor:
         pool = torch.tensor(chosen)
+        if pattern.startswith("cover"):
+            return pool[torch.arange(tokens * k) % len(pool)].view(tokens, k)
         if pattern == "few":
             pool = pool[: max(k, len(chosen) // 2)]
         elif pattern == "first":
@@ -189,24 +237,40 @@ class Sampler:
         ids = pool[scores.argsort(-1)[:, :k]] if len(pool) >= k else pool[torch.zeros(tokens, k, dtype=torch.long)]
         if pattern == "duplicates":
             ids = ids[:, :1].expand(tokens, k).clone()
-        elif pattern == "outside":
+        elif pattern.startswith("outside"):
             mask = torch.rand(tokens, k, generator=self.generator) < 0.4
-            ids = torch.where(mask, torch.tensor([-1, self.experts])[torch.arange(k) % 2], ids)
+            mask[0, -1] = True
+            ids = torch.where(mask, int(pattern.split()[1]), ids)
         return ids
 
     def _assignment(self, tokens: int) -> tuple[int, dict[Any, int]]:
-        """(tokens or the next count that the shapes allow, values of the symbols that give it): all symbols that the
-        number of tokens depends on are 1 but one."""
+        """(tokens or a count near it that the shapes allow, values of the symbols that give it): of several symbols
+        that the number of tokens depends on, all are 2 but one; for one token, and where that does not fit, 1."""
         size = numel(self.region.x)
         free = [s for s in self.symbols if s in _free(size)]
         if not free:
             return tokens, dict.fromkeys(self.symbols, tokens)
+        if len(free) > 1 and tokens > 1:
+            for symbol in reversed(free):
+                long = max(3, tokens // 2 ** (len(free) - 1))
+                assignment = {s: long if s is symbol or s not in free else 2 for s in self.symbols}
+                elements = int(_evaluate(size, assignment))
+                if elements > 0 and elements % self.region.hidden == 0 and elements // self.region.hidden <= 2 * tokens:
+                    return elements // self.region.hidden, assignment
         for count in range(tokens, tokens + 16):
             for symbol in reversed(free):
                 assignment = {s: count if s is symbol or s not in free else 1 for s in self.symbols}
                 if int(_evaluate(size, assignment)) == count * self.region.hidden:
                     return count, assignment
         raise ValueError(f"no values of {free} give {tokens} tokens or a few more")
+
+
+def _lazy_zeros(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages take no memory until they are written (``torch.zeros`` writes them)."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < mmap.PAGESIZE * 16:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 def constants(nodes: Iterable[Node]) -> list[float]:
@@ -220,10 +284,17 @@ def constants(nodes: Iterable[Node]) -> list[float]:
     return sorted(found)
 
 
+def _magnitudes(nodes: Iterable[Node]) -> list[float]:
+    """Sizes of the numbers among the arguments of ``nodes``, of either sign, in lists too; those of a kind once."""
+    leaves = torch.utils._pytree.tree_leaves([(node.args, node.kwargs) for node in nodes])
+    found = {abs(float(a)) for a in leaves if isinstance(a, (int, float)) and not isinstance(a, bool)}
+    return sorted(a for a in found if 0 < a < math.inf)
+
+
 def id_range(node: Node, buffers: dict[Node, Tensor], depth: int = 40) -> IdRange:
     """(lowest, highest, distinct within a row): what is certain about integer ids from how they were computed."""
-    name, args = target_name(node), node.args
-    if depth == 0:
+    name, args = target_name(node), node.args or tuple(node.kwargs.values())
+    if depth == 0 or (not args and node not in buffers):
         return UNKNOWN_IDS
     if node in buffers:
         held = buffers[node]
@@ -253,6 +324,8 @@ def id_range(node: Node, buffers: dict[Node, Tensor], depth: int = 40) -> IdRang
         ]
         if name == "masked_fill":
             ranges[0] = _without(ranges[0], args[0], args[1])
+        if not ranges:  # where(mask): positions
+            return UNKNOWN_IDS
         return min(r[0] for r in ranges), max(r[1] for r in ranges), False
     return UNKNOWN_IDS
 
@@ -279,7 +352,7 @@ def _at(bound: object, current: float, pick: Any) -> float:
 
 def _last_index(node: Node) -> float:
     """Highest index that a selection along the last dimension of ``node``'s input can give."""
-    source = node.args[0]
+    source = (*node.args, *node.kwargs.values())[0]
     t = tensor(source) if isinstance(source, Node) else None
     dim = node.kwargs.get("dim", node.args[2] if target_name(node) == "topk" and len(node.args) > 2 else None)
     if dim is None and len(node.args) > 1 and target_name(node) != "topk":

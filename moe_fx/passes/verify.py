@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_fx.binding import bind
+from moe_fx.passes.coverage import Coverage
 from moe_fx.passes.dataflow import tensors
 from moe_fx.passes.exact import run_exact
 from moe_fx.passes.match import Proposal, sample_operands
 from moe_fx.passes.regions import Region
-from moe_fx.passes.sampling import Sample, Sampler
+from moe_fx.passes.sampling import IdRange, Sample, Sampler
+from moe_fx.passes.shrink import Twin
 from moe_fx.reasons import Reject
 from moe_fx.reference import experts_backward, experts_forward
 
@@ -28,8 +32,22 @@ Fused = Callable[[Tensor, Tensor, Tensor, list[Tensor], Proposal], Tensor]
 _FORMULA = 1e-9
 
 
-def verify(region: Region, proposal: Proposal, sampler: Sampler, training: bool, fused: Fused) -> Reject | None:
-    """None when the proposal holds.  ``fused(x, ids, weights, operands, proposal)`` runs the op in the true dtypes."""
+def verify(twin: Twin, proposal: Proposal, bounds: IdRange, training: bool, fused: Fused) -> Reject | None:
+    """None when ``proposal`` for the small region holds.  bounds: of the ids.  ``fused(x, ids, weights, operands,
+    proposal)`` runs the op in the true dtypes."""
+    reject = _formula(twin.region, proposal, Sampler(twin.region, bounds, seed=1), training)
+    if reject is not None:
+        return reject
+    sampler = Sampler(twin.original, bounds, seed=2)
+    patterns = sampler.patterns()[: 1 if sampler.large else 3]
+    for sample in sampler.samples(None, patterns):
+        if reject := _same_rounding(twin.original, twin.enlarge(proposal), sample, fused):
+            return reject
+    return None
+
+
+def _formula(region: Region, proposal: Proposal, sampler: Sampler, training: bool) -> Reject | None:
+    """The mathematics, on samples that reach both sides of every decision in the block."""
     narrow = {t.dtype for n in region.nodes for t in tensors(n) if t.is_floating_point() and t.dtype.itemsize < 2}
     if narrow:
         return Reject(
@@ -37,40 +55,50 @@ def verify(region: Region, proposal: Proposal, sampler: Sampler, training: bool,
         )
     module = region.module()
     patterns = sampler.patterns()
+    coverage = Coverage(region, *sampler.bounds[:2])
     for sample in sampler.samples(torch.float64, patterns):
-        if reject := _same_formula(module, region, proposal, sample):
+        if reject := _same_formula(module, region, proposal, sample, coverage):
             return reject
-    if training:
-        for sample in sampler.samples(torch.float64, patterns[:3]):
-            if reject := _same_gradients(module, region, proposal, sample):
-                return reject
-    for sample in sampler.samples(None, patterns[:3]):
-        if reject := _same_rounding(region, proposal, sample, fused):
+    for sample in sampler.more():
+        if not coverage.missing():
+            break
+        if reject := _same_formula(module, region, proposal, sample, coverage):
             return reject
+    if missing := coverage.missing():
+        text = f"no sample takes these decisions both ways: {', '.join(missing[:4])}"
+        return Reject("verify.coverage", text, region.out.name)
+    if training and (reject := _same_derivatives(module, region, proposal, sampler)):
+        return reject
     return None
 
 
-def _same_formula(module: Any, region: Region, proposal: Proposal, sample: Sample) -> Reject | None:
+def _same_formula(
+    module: Any, region: Region, proposal: Proposal, sample: Sample, coverage: Coverage | None = None
+) -> Reject | None:
     with torch.no_grad():
         try:
-            theirs, *scores = run_exact(module, sample.inputs)
+            theirs, *scores = run_exact(module, sample.inputs, coverage=coverage)
         except Exception as error:  # noqa: BLE001  the user's code may raise anything on ids that it never sees
+            if coverage is not None:
+                coverage.drop()
             if sample.label.startswith("outside"):
-                return None  # ids out of range are an error there: nothing to preserve
+                return None  # this id out of range is an error there: nothing to preserve
             return Reject("verify.run", f"{type(error).__name__}: {error}", sample.label)
         ours = _reference(proposal, sample, _weights(sample, scores))
     difference = _by_row(ours, theirs.reshape(ours.shape))
     if difference > _FORMULA:
         return Reject("verify.values", f"relative difference {difference:.1e} in float64", sample.label)
+    if coverage is not None:
+        coverage.commit()
     return None
 
 
 def _neutral(proposal: Proposal) -> Any:
-    """The spec with every dtype left as it comes: the formula alone."""
+    """The spec in float64 throughout, weights cast expert by expert: the formula alone."""
     spec = proposal.spec
     return dataclasses.replace(
         spec,
-        expert=dataclasses.replace(spec.expert, act_dtype="", compute_dtype=""),
+        expert=dataclasses.replace(spec.expert, act_dtype="", compute_dtype="float64"),
         combine=dataclasses.replace(spec.combine, accumulate="", out_dtype=""),
     )
 
@@ -88,17 +116,47 @@ def _reference(proposal: Proposal, sample: Sample, weights: Tensor) -> Tensor:
     return experts_forward(sample.x, sample.ids, weights, experts, _neutral(proposal))
 
 
-def _same_gradients(module: Any, region: Region, proposal: Proposal, sample: Sample) -> Reject | None:
-    """Gradients of x, routing weights and operands for a random gradient of the result."""
+def _same_derivatives(module: Any, region: Region, proposal: Proposal, sampler: Sampler) -> Reject | None:
+    """Three samples, and as many more as every decision takes: a branch may detach."""
+    check = _same_tangents if sampler.large else _same_gradients
+    coverage = Coverage(region, *sampler.bounds[:2])
+    patterns = sampler.patterns()
+    for i, sample in enumerate(chain(sampler.samples(torch.float64, patterns), sampler.more())):
+        if i >= 3 and not coverage.missing():
+            return None
+        try:
+            reject = check(module, region, proposal, sample, coverage)
+        except Exception:
+            if not sample.label.startswith("outside"):
+                raise
+            coverage.drop()
+            continue
+        if reject:
+            return reject
+        coverage.commit()
+    if missing := coverage.missing():
+        text = f"no sample with gradients takes these decisions both ways: {', '.join(missing[:4])}"
+        return Reject("verify.coverage", text, region.out.name)
+    return None
+
+
+def _same_gradients(
+    module: Any, region: Region, proposal: Proposal, sample: Sample, coverage: Coverage | None = None
+) -> Reject | None:
+    """Gradients of x, routing weights and operands for a random gradient of the result.
+
+    Rows differ in scale by decades: the gradient of the result is divided by the size of its row, so that all count.
+    """
     nodes = region.inputs
     wanted = [region.x, *([region.weights] if region.weights is not None else []), *proposal.operands]
     by_node = dict(zip(nodes, sample.inputs, strict=True))
     for node in wanted:
         by_node[node] = by_node[node].detach().clone().requires_grad_()
     with torch.enable_grad():
-        theirs, *scores = run_exact(module, [by_node[n] for n in nodes])
+        theirs, *scores = run_exact(module, [by_node[n] for n in nodes], coverage=coverage)
         weights = _weights(sample, scores)
-        dy = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1), dtype=theirs.dtype)
+        dy = torch.randn(sample.x.shape, generator=torch.Generator().manual_seed(1), dtype=theirs.dtype)
+        dy = (dy.to(theirs.device) / _size(theirs.detach().reshape(dy.shape))).reshape(theirs.shape)
         if not theirs.requires_grad:
             return Reject("verify.gradients", "the block has no gradient at all", sample.label)
         expected = torch.autograd.grad(theirs, [by_node[n] for n in wanted], dy, allow_unused=True, retain_graph=True)
@@ -119,12 +177,49 @@ def _same_gradients(module: Any, region: Region, proposal: Proposal, sample: Sam
     if scores and region.weights is not None:  # on through what makes the scores
         (dweights,) = torch.autograd.grad(weights, [by_node[region.weights]], dweights)
     ours = [dx, *([dweights] if region.weights is not None else []), *grads]
+    sizes = {region.x: _size(sample.x), region.weights: _size(sample.weights.unsqueeze(-1)).squeeze(-1)}
     for node, mine, other in zip(wanted, ours, expected, strict=True):
         other = torch.zeros_like(mine) if other is None else other.reshape(mine.shape)
-        error = _relative(mine, other)
+        size = sizes.get(node, 1.0)
+        error = _relative(mine * size, other * size)
         if error > _FORMULA:
             text = f"gradient of {node.name} differs by {error:.1e} in float64"
             return Reject("verify.gradients", text, sample.label)
+    return None
+
+
+def _size(rows: Tensor) -> Tensor:
+    """The norm of each row, 1 for a row of zeros."""
+    norm = rows.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, norm, 1.0)
+
+
+def _same_tangents(
+    module: Any, region: Region, proposal: Proposal, sample: Sample, coverage: Coverage | None = None
+) -> Reject | None:
+    """As ``_same_gradients`` for large experts: the derivative of all inputs at once, each along itself at a rate of
+    its own, which needs no gradient of the size of the bank."""
+    wanted = [region.x, *([region.weights] if region.weights is not None else []), *proposal.operands]
+    by_node = dict(zip(region.inputs, sample.inputs, strict=True))
+    factors = torch.Generator().manual_seed(1)
+    with forward_ad.dual_level(), torch.no_grad():
+        for node in wanted:
+            factor = float(torch.rand(1, generator=factors)) * 2 - 1
+            by_node[node] = forward_ad.make_dual(by_node[node], by_node[node] * factor)
+        theirs, *scores = run_exact(module, [by_node[n] for n in region.inputs], coverage=coverage)
+        dual = dataclasses.replace(
+            sample,
+            x=by_node[region.x].reshape(sample.x.shape),
+            weights=sample.weights if region.weights is None else by_node[region.weights].reshape(sample.ids.shape),
+            operands={n: by_node[n] for n in sample.operands},
+        )
+        ours = _reference(proposal, dual, _weights(dual, scores))
+        tangents = [forward_ad.unpack_dual(t.reshape(ours.shape)).tangent for t in (theirs, ours)]
+        if any(t is None for t in tangents):
+            return Reject("verify.gradients", "the block has no gradient at all", sample.label)
+        error = _by_row(tangents[1], tangents[0])
+    if error > _FORMULA:
+        return Reject("verify.gradients", f"the derivative differs by {error:.1e} in float64", sample.label)
     return None
 
 
@@ -143,7 +238,7 @@ def _same_rounding(region: Region, proposal: Proposal, sample: Sample, fused: Fu
             sample.x.double(),
             sample.ids,
             weights.double(),
-            {n: t.double() for n, t in sample.operands.items()},
+            sample.operands,
             sample.label,
         )
         truth = _reference(proposal, exact, exact.weights)

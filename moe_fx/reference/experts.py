@@ -39,6 +39,8 @@ def experts_forward(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, s
     y = torch.zeros(x.shape, dtype=dtype_of(combine.accumulate, x.dtype), device=x.device)
     for e in range(spec.expert.experts):
         token, slot = torch.where(ids == e)
+        if token.numel() == 0:
+            continue
         w = weights[token, slot, None]
         rows = x[token] * w if combine.weight_on == "input" else x[token]
         out = _expert(rows, experts, e, spec.expert).normed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from torch._dynamo.utils import counters
 
 from .helpers import fresh
 
@@ -12,5 +13,6 @@ from .helpers import fresh
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     fresh()
+    counters.clear()
     yield
     fresh()

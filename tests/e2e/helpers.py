@@ -103,7 +103,8 @@ def fresh() -> None:
 def all_fused(blocks: int) -> Report:
     """The last report, which must show ``blocks`` blocks and all of them fused."""
     report = moe_fx.last_report()
-    assert (report.num_fused, report.num_blocks) == (blocks, blocks), str(report)
+    left = sorted({f"{s.fqn} in graph {s.graph}: {r}" for s in report.sites if not s.fused for r in s.rejects})
+    assert (report.num_fused, report.num_blocks) == (blocks, blocks), left
     return report
 
 
@@ -116,6 +117,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of ``expected``; infinite where a shape or finiteness differs."""
     if actual.shape != expected.shape or not torch.equal(actual.isfinite(), expected.isfinite()):
         return float("inf")
+    actual, expected = actual.detach(), expected.detach()
     scale = expected.double().norm()
     error = (actual.double() - expected.double()).norm()
     return float(error / scale) if scale > 0 else float(error)

@@ -1,6 +1,6 @@
 """Every family × implementation × dtype through torch.compile(backend="moe_fx"): the table that stands in docs/zoo.md.
 
-python -m tests.zoo.run [FAMILY ...] [--implementation default …] [--dtype float32 …] [--training] [--write]
+python -m tests.zoo.run [FAMILY ...] [--implementation default ...] [--dtype float32 ...] [--write docs/zoo.md]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,108 +31,161 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run.  verdict: "fused" (every block, one graph, within the rule), "left alone", "waits" (Route B) or "FAILED"."""
+    """One run.
+
+    verdict: "fused" (every block, one graph, within the rule of DESIGN §5), "left alone" (on purpose, with the reason),
+    "waits" (needs the capture of arbitrary loops), "not here" (this transformers lacks the family) or "FAILED".
+    error, own_error: of the compiled and of the original model against the next wider dtype, relative RMS.
+    """
 
     family: str
     implementation: str
     dtype: str
     verdict: str
-    fused: int
-    expected: int
-    graphs: int
-    error: float
-    own_error: float
-    seconds: float
+    fused: int = 0
+    expected: int = 0
+    graphs: int = 0
+    error: float = math.inf
+    own_error: float = 0.0
+    seconds: float = 0.0
     detail: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.family:24} {self.implementation:11} {self.dtype:9} {self.verdict:10} {self.fused}/{self.expected} "
+            f"{self.graphs}g {self.error:.1e} (own {self.own_error:.1e}) {self.seconds:5.1f}s {self.detail}"
+        )
 
 
 def cells(names: list[str], implementations: list[str], dtypes: list[str]) -> Iterator[tuple[Family, str, str]]:
-    """The cells of the table, in its order."""
+    """The cells of the table, in its order; an empty list means all."""
     for name in names or list(FAMILIES):
         for implementation in FAMILIES[name].implementations:
             label = implementation or "default"
-            for dtype in dtypes:
-                if not implementations or label in implementations:
-                    yield FAMILIES[name], label, dtype
+            if not implementations or label in implementations:
+                yield from ((FAMILIES[name], label, dtype) for dtype in dtypes or DTYPES)
+
+
+def must_fuse(family: Family, implementation: str) -> bool:
+    waits = family.default_waits and implementation in ("default", "eager")
+    return family.status == "fuse" and not waits
 
 
 def run(family: Family, implementation: str, dtype: str, inner: str = "eager") -> Cell:
-    """Builds, runs the original in its dtype and in float64, compiles, and judges."""
+    """Builds the model, runs the original in its dtype and in the next wider one, compiles, and judges."""
     torch._dynamo.reset()
-    started = time.perf_counter()
+    cell = Cell(family.name, implementation, dtype, "FAILED", expected=family.moe_layers)
     if missing := unavailable(family.name):
-        return Cell(family.name, implementation, dtype, "not here", 0, 0, 0, 0.0, 0.0, 0.0, missing)
+        return dataclasses.replace(cell, verdict="not here", detail=missing)
+    started = time.perf_counter()
     sample = build(family.name, None if implementation == "default" else implementation, getattr(torch, dtype))
-    must_fuse = family.status == "fuse" and not (family.default_waits and implementation in ("default", "eager"))
+    required = must_fuse(family, implementation)
+    options = {"inner_backend": inner, "strict": True}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = _outputs(sample, sample.model)
-        exact = _exact(sample, theirs)
-        compiled = torch.compile(
-            sample.model, backend=backend, fullgraph=must_fuse, options={"inner_backend": inner, "strict": True}
-        )
+        theirs = outputs(sample, sample.model)
+        exact = _wider(sample, theirs)
+        compiled = torch.compile(sample.model, backend=backend, fullgraph=required, options=options)
         try:
-            ours = _outputs(sample, compiled)
-        except Exception as error:  # any failure is a row of the table
-            detail = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            seconds = time.perf_counter() - started
-            return Cell(
-                family.name, implementation, dtype, "FAILED", 0, family.moe_layers, 0, math.inf, 0, seconds, detail
+            ours = outputs(sample, compiled)
+        except Exception as error:  # noqa: BLE001  any failure is a row of the table
+            return dataclasses.replace(
+                cell, detail=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             )
     report = moe_fx.last_report()
     own, error = relative(theirs, exact), relative(ours, exact)
-    bound = 2 * own + 4 * torch.finfo(getattr(torch, dtype)).eps
-    reasons = sorted({f"{r.code}: {r.text}" for s in report.sites if not s.fused for r in s.rejects})
-    ok = error <= bound and (not must_fuse or (report.num_fused == family.moe_layers and report.num_graphs == 1))
+    complete = report.num_fused == family.moe_layers and report.num_graphs == 1
     verdict = "FAILED"
-    if ok and must_fuse:
-        verdict = "fused"
-    elif ok:
-        verdict = "waits" if family.status in ("route_b", "fuse") else "left alone"
-        if report.num_fused == family.moe_layers:
-            verdict = "fused"
-    detail = "" if verdict == "fused" else "; ".join(reasons)
-    seconds = time.perf_counter() - started
-    expected = family.moe_layers
-    return Cell(
-        family.name,
-        implementation,
-        dtype,
-        verdict,
-        report.num_fused,
-        expected,
-        report.num_graphs,
-        error,
-        own,
-        seconds,
-        detail,
+    if error <= 2 * own + 4 * torch.finfo(getattr(torch, dtype)).eps and (complete or not required):
+        kinds = {"route_b": "waits", "fuse": "waits", "left_alone": "left alone"}
+        verdict = "fused" if complete else kinds[family.status]
+    reasons = sorted({f"{r.code}: {r.text}" for s in report.sites if not s.fused for r in s.rejects})
+    return dataclasses.replace(
+        cell,
+        verdict=verdict,
+        fused=report.num_fused,
+        graphs=report.num_graphs,
+        error=error,
+        own_error=own,
+        seconds=time.perf_counter() - started,
+        detail="" if verdict == "fused" else "; ".join(reasons),
     )
 
 
-def _outputs(sample: Sample, model: Any) -> tuple[Tensor, ...]:
+def outputs(sample: Sample, model: Any) -> tuple[Tensor, ...]:
+    """What the model gives for the sample's inputs."""
     torch.manual_seed(0)
     return tuple(t.detach().clone() for t in sample.output(model(**copy.deepcopy(sample.inputs))))
 
 
-def _exact(sample: Sample, theirs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The original in the next wider dtype; itself where a model refuses that."""
+def _wider(sample: Sample, theirs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The original in the next wider dtype; itself where the model names a dtype and refuses."""
     wide = torch.float64 if theirs[0].dtype == torch.float32 else torch.float32
     wider = dataclasses.replace(sample, model=copy.deepcopy(sample.model).to(wide))
     try:
-        found = _outputs(wider, wider.model)
-    except RuntimeError:  # a model that names its dtypes
+        return outputs(wider, wider.model)
+    except RuntimeError:
         return theirs
-    return found
 
 
 def relative(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
-    """Root mean square of a - b over that of b, over all outputs."""
+    """Root mean square of a - b over that of b, over all outputs; inf where one is finite and the other is not."""
     pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True)]
-    finite = all(torch.equal(x.isfinite(), y.isfinite()) for x, y in pairs)
+    if not all(torch.equal(x.isfinite(), y.isfinite()) for x, y in pairs):
+        return math.inf
     pairs = [(x[y.isfinite()], y[y.isfinite()]) for x, y in pairs]
     difference = math.sqrt(sum(float((x - y).square().sum()) for x, y in pairs))
     scale = math.sqrt(sum(float(y.square().sum()) for _, y in pairs))
-    return difference / max(scale, 1e-30) if finite else math.inf
+    return difference / max(scale, 1e-30)
+
+
+def markdown(found: list[Cell]) -> str:
+    """The table as docs/zoo.md."""
+    import transformers
+
+    columns = ("default", "eager", "batched_mm", "grouped_mm")
+    lines = [
+        "# Hugging Face families",
+        "",
+        "Printed by `python -m tests.zoo.run --write docs/zoo.md`: tiny random models of every family, compiled with",
+        f'`torch.compile(model, backend="moe_fx", fullgraph=True)` on torch {torch.__version__.split("+")[0]} (CPU) and '
+        f"transformers {transformers.__version__}.",
+        "",
+        "A cell gives `float32 / bfloat16`. **2/2** means that both blocks of the model were fused in one graph and that",
+        "the result is within twice the original's own error plus 4 eps (relative RMS against the next wider dtype);",
+        "*left alone* and *waits* (needs the capture of arbitrary expert loops) are explained below; – cannot be chosen.",
+        "",
+        "| family | router | experts | " + " | ".join(columns) + " |",
+        "|---|---|---|" + "---|" * len(columns),
+    ]
+    by_key = {(c.family, c.implementation, c.dtype): c for c in found}
+    for name in dict.fromkeys(c.family for c in found):
+        family = FAMILIES[name]
+        row = [_entry([by_key.get((name, column, dtype)) for dtype in DTYPES]) for column in columns]
+        lines.append(f"| {name} | {family.router} | {family.experts} | " + " | ".join(row) + " |")
+    counts = {v: len({c.family for c in found if c.verdict == v}) for v in ("fused", "waits", "left alone", "FAILED")}
+    lines += [
+        "",
+        "Families by verdict: " + ", ".join(f"{v} {n}" for v, n in counts.items()) + ".",
+        "",
+        "## Left alone",
+        "",
+    ]
+    for name in dict.fromkeys(c.family for c in found if c.verdict != "fused"):
+        detail = next(c.detail for c in found if c.family == name and c.verdict != "fused")
+        lines.append(
+            f"- **{name}**: {FAMILIES[name].why or 'a data-dependent loop'}. Reported: {detail or 'no block seen'}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _entry(found: list[Cell | None]) -> str:
+    entries = []
+    for cell in found:
+        if cell is None:
+            return "–"
+        entries.append(f"**{cell.fused}/{cell.expected}**" if cell.verdict == "fused" else cell.verdict)
+    return " / ".join(entries) if len(set(entries)) > 1 else entries[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,17 +193,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("families", nargs="*")
     parser.add_argument("--implementation", action="append", default=[])
     parser.add_argument("--dtype", action="append", default=[])
+    parser.add_argument("--write", type=Path, help="write the table here")
     args = parser.parse_args(argv)
-    failed = 0
-    for family, implementation, dtype in cells(args.families, args.implementation, args.dtype or list(DTYPES)):
-        cell = run(family, implementation, dtype)
-        failed += cell.verdict == "FAILED"
-        print(
-            f"{cell.family:24} {cell.implementation:11} {cell.dtype:9} {cell.verdict:10} {cell.fused}/{cell.expected} "
-            f"{cell.graphs}g {cell.error:.1e} {cell.seconds:5.1f}s {cell.detail}",
-            flush=True,
-        )
-    return 1 if failed else 0
+    found = []
+    for family, implementation, dtype in cells(args.families, args.implementation, args.dtype):
+        found.append(run(family, implementation, dtype))
+        print(found[-1], flush=True)
+    if args.write:
+        args.write.write_text(markdown(found))
+    return 1 if any(cell.verdict == "FAILED" for cell in found) else 0
 
 
 if __name__ == "__main__":

@@ -55,8 +55,11 @@ def available() -> str:
     return ""
 
 
-def install(backend: Any) -> str:
-    """Wraps Dynamo's inlining for ``backend``, once.  Returns why not, where it cannot ("" when done)."""
+def install(backend: Any, active: Callable[[], bool] = lambda: True) -> str:
+    """Wraps Dynamo's inlining for ``backend``, once.  Returns why not, where it cannot ("" when done).
+
+    active: asked each time; while it says no, Dynamo is as without us.
+    """
     global _original
     if _original is not None or (missing := available()):
         return "" if _original is not None else missing
@@ -66,7 +69,7 @@ def install(backend: Any) -> str:
 
     @functools.wraps(_original.__func__)
     def inline_call(cls: Any, parent: Any, func: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        if not kwargs and compiles_for(parent, backend):
+        if not kwargs and compiles_for(parent, backend) and active():
             for offer in _SUBSTITUTES:
                 if (result := offer(parent, func, list(args))) is not None:
                     return result
