@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from moe_fx import ops
+from moe_fx import ops, ops_moe  # noqa: F401  ops_moe registers the op of a whole block
 from moe_fx.dump import Dump
 from moe_fx.hardware import Device, detect
 from moe_fx.kernels import experts as _built_in  # noqa: F401  registers the kernels
@@ -34,6 +34,7 @@ from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
 from moe_fx.passes.regions import Region, describe, graph_parts
 from moe_fx.passes.rewrite import rewrite
+from moe_fx.passes.routers import forget, fuse_routers
 from moe_fx.passes.sampling import IdRange, Sampler, id_range
 from moe_fx.passes.shrink import Twin, shrink
 from moe_fx.passes.verify import verify
@@ -199,11 +200,12 @@ class _Graph:
 
     def _rewrite(self, accepted: list[tuple[Graph, Region, Proposal, Plan, int]], sites: list[Site]) -> None:
         """Last block first, so that no region refers to a node that another rewrite replaced."""
+        calls: dict[Node, int] = {}
         for graph, region, proposal, plan, index in reversed(accepted):
             where = region.down.uses[0]
             fqn = sites[index].fqn
             with self._stage("rewrite") as failed:
-                rewrite(graph, region, proposal, plan.op_string())
+                calls[rewrite(graph, region, proposal, plan.op_string())] = index
             if failed:
                 sites[index] = self._left(where if where in graph.nodes else None, fqn, tuple(failed))
         if accepted:
@@ -212,6 +214,20 @@ class _Graph:
                     graph.lint()
                     if graph.owning_module is not None:
                         graph.owning_module.recompile()
+        if calls and self.options.router == "fuse":
+            self._fuse_routers(calls, sites)
+
+    def _fuse_routers(self, calls: dict[Node, int], sites: list[Site]) -> None:
+        """Routers that a RouterSpec describes go into the op of their experts; others stay, and the report says why."""
+        with self._stage("router"):
+            for outcome in fuse_routers(self.gm, self.inputs):
+                index = calls[outcome.call]
+                site = sites[index]
+                if outcome.router is None or site.spec is None:
+                    sites[index] = replace(site, note=f"{site.note} router kept: {outcome.reason}".strip())
+                else:
+                    spec = replace(site.spec, router=outcome.router)
+                    sites[index] = replace(site, spec=spec, binding=outcome.binding)
 
     def _fused(self, region: Region, proposal: Proposal, plan: Plan) -> Site:
         node = region.down.uses[0]
@@ -292,5 +308,6 @@ def _source(node: Node) -> str:
 def reset() -> None:
     """Forgets every report, verdict and device description; compiled code stays valid."""
     _VERDICTS.clear()
+    forget()
     _DEVICES.clear()
     RECORDER.reset()

@@ -61,8 +61,6 @@ def resolve(options: dict[str, Any] | None, mode: str | None = None) -> Options:
         _check(name, value, hints[name])
         if name in _NOT_BUILT and value is not None:
             raise MoEFxOptionError(f"option {name!r} is not available in this version: {_NOT_BUILT[name]} is not built")
-    if given.get("router") == "fuse":
-        raise MoEFxOptionError('router="fuse" is not available in this version; use "keep"')
     if str(given.get("mode", "")).startswith("max-autotune"):
         given.setdefault("tune", True)
     return Options(**given)

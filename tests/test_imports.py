@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"hints", "plan", "reasons", "spec"},
     "options": {"reasons"},
     "ops": {"binding", "reasons", "reference", "spec", "plan"},
+    "ops_moe": {"ops", "binding", "reasons", "reference", "spec"},
     "kernels": {"spec", "binding", "reference", "reasons", "hardware", "plan"},
     "weights": {"kernels.layouts", "binding", "reasons"},
     "oracle": {"kernels", "spec", "binding", "plan", "reasons", "hardware", "reference"},
@@ -45,6 +46,7 @@ NEVER: dict[str, set[str]] = {
     "reference": {"kernels", "torch.fx", "ops"},
     "lowerings": {"passes", "oracle", "backend", "api"},
     "ops": {"kernels", "lowerings", "oracle", "passes", "torch.fx"},
+    "ops_moe": {"kernels", "lowerings", "oracle", "passes", "torch.fx"},
     "weights": {"lowerings", "passes", "oracle", "ops"},
     "report": {"ops", "kernels", "oracle", "passes", "lowerings", "torch"},
 }

@@ -23,8 +23,11 @@ from moe_fx.weights import STORE
 
 @lru_cache(maxsize=4096)
 def _parsed(attrs: Attributes) -> tuple[MoESpec, WeightBinding, Plan, tuple[Kernel, ...]]:
-    plan = parse_plan(attrs[2])
-    return parse(attrs[0]), parse_binding(attrs[1]), plan, tuple(kernel(r.kernel) for r in plan.ranges)
+    try:
+        plan = parse_plan(attrs[2])
+        return parse(attrs[0]), parse_binding(attrs[1]), plan, tuple(kernel(r.kernel) for r in plan.ranges)
+    except (KeyError, ValueError) as error:  # a graph saved by another version, or written by hand
+        raise MoEFxRuntimeError(f"the attributes of moe_fx::experts cannot be read: {error}") from error
 
 
 class Dispatch:

@@ -87,7 +87,7 @@ class Coverage:
         index = node.args[1] if len(node.args) > 1 else None
         parts = index if isinstance(index, tuple) else (index,)
         shape = getattr(tensor(node.args[0]), "shape", ()) if isinstance(node.args[0], Node) else ()
-        if not isinstance(source, Tensor) or not isinstance(out, Tensor) or Ellipsis in [type(p) for p in parts]:
+        if not isinstance(source, Tensor) or not isinstance(out, Tensor) or any(p is Ellipsis for p in parts):
             return
         for dim, part in enumerate(parts[: len(shape)]):
             if isinstance(part, slice) and isinstance(shape[dim], torch.SymInt) and part != slice(None):
@@ -152,7 +152,8 @@ class Coverage:
         while isinstance(node, Node) and node is not self.region.ids:
             if target_name(node) not in _SAME_IDS or not node.args:
                 return False
-            if target_name(node) in ("getitem", "__getitem__") and target_name(node.args[0]) == "sort" and node.args[1]:
-                return False
-            node = node.args[0]
+            source = node.args[0]
+            if isinstance(source, Node) and target_name(source) == "sort" and node.args[1:] and node.args[1]:
+                return False  # the permutation, not the sorted ids
+            node = source
         return node is self.region.ids

@@ -196,7 +196,7 @@ class Dataflow:
         name = target_name(node)
         if name in ("dropout", "alpha_dropout"):  # (input, p, training, inplace)
             p, training = (*node.args[1:3], None, None)[:2]
-            return node.kwargs.get("training", training) is not False and node.kwargs.get("p", p) != 0.0
+            return node.kwargs.get("training", training) is not False and bool(node.kwargs.get("p", p) != 0.0)
         return name in _RANDOM
 
     @staticmethod

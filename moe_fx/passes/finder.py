@@ -29,6 +29,7 @@ _FILLS = {"zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like",
 _FILLS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "scalar_tensor"}
 _PIECES = {"split", "chunk", "tensor_split", "unbind", "cat", "concat", "stack", "narrow", "getitem", "__getitem__"}
 _ENDS_OF_SCORES = PRODUCTS | {"topk", "softmax", "embedding", "layer_norm", "rms_norm"}
+_DISTANCE = {"find.no_exit": 1, "find.inputs": 2}  # a candidate that failed on these was further from a block
 _MAX_ENDS = 24
 _DENSE_ENDS = 8
 
@@ -120,7 +121,7 @@ class _Finder:
             return best
         if not misses:
             return [Reject("find.no_routing", "no integer expert ids lead to these expert weights", self.where)]
-        ranked = sorted(dict.fromkeys(misses), key=lambda r: r.code == "find.inputs")
+        ranked = sorted(dict.fromkeys(misses), key=lambda r: _DISTANCE.get(r.code, 0))
         return ranked[:6]
 
     def _candidates(self, ends: list[Node]) -> Iterator[tuple[Node, Node]]:

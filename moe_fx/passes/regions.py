@@ -145,4 +145,4 @@ def same(a: object, b: object) -> bool:
 def describe(node: Node) -> str:
     """name, shape and dtype, for reports."""
     found = value(node)
-    return f"{node.name} {list(found.shape)} {found.dtype}" if isinstance(found, Tensor) else f"{node.name} {found}"
+    return f"{node.name} {list(found.shape)} {found.dtype}" if isinstance(found, Tensor) else node.name

@@ -83,7 +83,7 @@ def _same_formula(
                 coverage.drop()
             if sample.label.startswith("outside"):
                 return None  # this id out of range is an error there: nothing to preserve
-            return Reject("verify.run", f"{type(error).__name__}: {error}", sample.label)
+            return Reject("verify.run", f"{type(error).__name__}: {error}".splitlines()[0], sample.label)
         ours = _reference(proposal, sample, _weights(sample, scores))
     difference = _by_row(ours, theirs.reshape(ours.shape))
     if difference > _FORMULA:
@@ -229,7 +229,7 @@ def _same_rounding(region: Region, proposal: Proposal, sample: Sample, fused: Fu
         try:
             theirs, *scores = region.run(sample.inputs)
         except Exception as error:  # noqa: BLE001  as above: anything may be raised
-            return Reject("verify.run", f"{type(error).__name__}: {error}", sample.label)
+            return Reject("verify.run", f"{type(error).__name__}: {error}".splitlines()[0], sample.label)
         operands = sample_operands(proposal, sample)
         weights = _weights(sample, scores)
         ours = fused(sample.x, sample.ids, weights, operands, proposal)

@@ -1,4 +1,4 @@
-"""Token counts: after two lengths no recompile; T = 0 and T = 1 cost at most one graph each; the kernel is chosen per T."""
+"""Token counts: after two lengths no recompile; T = 0 and T = 1 cost at most one graph each; T chooses the kernel."""
 
 from __future__ import annotations
 

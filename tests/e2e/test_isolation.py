@@ -1,4 +1,4 @@
-"""Nothing outside of our own compilations changes: other backends, threads, torch.export, transformers, global state."""
+"""Nothing outside of our own compilations changes: other backends, threads, torch.export, transformers, settings."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from idioms import lookalikes_effects  # noqa: F401  registers its look-alikes
 from idioms.harness import EXPERTS, compiled, hidden_states, run
 from idioms.parts import ExpertList, Gated, Joined, Mlp, Stacked
 from torch import Tensor, nn

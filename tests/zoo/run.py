@@ -144,16 +144,17 @@ def markdown(found: list[Cell]) -> str:
     import transformers
 
     columns = ("default", "eager", "batched_mm", "grouped_mm")
+    versions = f"torch {torch.__version__.split('+')[0]} (CPU) and transformers {transformers.__version__}"
     lines = [
         "# Hugging Face families",
         "",
         "Printed by `python -m tests.zoo.run --write docs/zoo.md`: tiny random models of every family, compiled with",
-        f'`torch.compile(model, backend="moe_fx", fullgraph=True)` on torch {torch.__version__.split("+")[0]} (CPU) and '
-        f"transformers {transformers.__version__}.",
+        f'`torch.compile(model, backend="moe_fx", fullgraph=True)` on {versions}.',
         "",
-        "A cell gives `float32 / bfloat16`. **2/2** means that both blocks of the model were fused in one graph and that",
-        "the result is within twice the original's own error plus 4 eps (relative RMS against the next wider dtype);",
-        "*left alone* and *waits* (needs the capture of arbitrary expert loops) are explained below; – cannot be chosen.",
+        "A cell gives `float32 / bfloat16`. **2/2** means that both blocks of the model were fused in one graph and",
+        "that the result is within twice the original's own error plus 4 eps (relative RMS against the next wider",
+        "dtype); *left alone* and *waits* (needs the capture of arbitrary expert loops) are explained below; – cannot",
+        "be chosen.",
         "",
         "| family | router | experts | " + " | ".join(columns) + " |",
         "|---|---|---|" + "---|" * len(columns),
@@ -163,19 +164,14 @@ def markdown(found: list[Cell]) -> str:
         family = FAMILIES[name]
         row = [_entry([by_key.get((name, column, dtype)) for dtype in DTYPES]) for column in columns]
         lines.append(f"| {name} | {family.router} | {family.experts} | " + " | ".join(row) + " |")
-    counts = {v: len({c.family for c in found if c.verdict == v}) for v in ("fused", "waits", "left alone", "FAILED")}
-    lines += [
-        "",
-        "Families by verdict: " + ", ".join(f"{v} {n}" for v, n in counts.items()) + ".",
-        "",
-        "## Left alone",
-        "",
-    ]
+    verdicts = ("fused", "waits", "left alone", "FAILED")
+    counts = {v: len({c.family for c in found if c.verdict == v}) for v in verdicts}
+    summary = ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
+    lines += ["", f"Families by verdict: {summary}.", "", "## Left alone", ""]
     for name in dict.fromkeys(c.family for c in found if c.verdict != "fused"):
         detail = next(c.detail for c in found if c.family == name and c.verdict != "fused")
-        lines.append(
-            f"- **{name}**: {FAMILIES[name].why or 'a data-dependent loop'}. Reported: {detail or 'no block seen'}"
-        )
+        why = FAMILIES[name].why or "a data-dependent loop"
+        lines.append(f"- **{name}**: {why}. Reported: {detail or 'no block seen'}")
     return "\n".join(lines) + "\n"
 
 
