@@ -294,9 +294,10 @@ def _fqn(node: Node) -> str:
 
 
 def _source(node: Node) -> str:
-    """file:line of the innermost frame, and its code."""
+    """file:line of the innermost frame outside torch, and its code."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").strip().splitlines()]
-    files = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    files = [i for i in frames if "/torch/" not in lines[i]] or frames
     if not files:
         return ""
     parts = lines[files[-1]].split('"')

@@ -46,7 +46,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dump-path": ({"dump_dir": 3}, "'dump_dir' must be str or None"),
     "quantize": ({"quantize": "fp8"}, "'quantize' is not available in this version"),
     "parallel": ({"parallel": {"ep": 2}}, "'parallel' is not available in this version"),
-    "router": ({"router": "fuse"}, "router.*not available in this version"),
     "name-not-text": ({3: 1}, "unknown option 3"),
     "unhashable": ({"inner_backend": ["eager"]}, "inner_backend"),
 }

@@ -60,6 +60,12 @@ class Region:
         return int(fake(self.x).shape[-1])
 
     @property
+    def intermediate(self) -> int:
+        """I: the size of the down projection's input."""
+        _, a, b = self.down.sizes
+        return a if b == self.hidden else b
+
+    @property
     def top_k(self) -> int:
         """k: ids per token."""
         return hint(numel(self.ids)) * self.hidden // max(hint(numel(self.x)), 1)

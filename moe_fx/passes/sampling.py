@@ -170,7 +170,7 @@ class Sampler:
             return
         hidden = self.region.hidden
         dim = 0 if matrix.shape[1] == hidden else 1
-        units = min(n for n in self.region.down.sizes[1:] if n != hidden or matrix.shape[0] == matrix.shape[1])
+        units = self.region.intermediate
         for start in {self.band, units + self.band}:
             if start < matrix.shape[dim]:
                 yield matrix.narrow(dim, start, min(_BAND, matrix.shape[dim] - start))
@@ -211,9 +211,9 @@ class Sampler:
 
     def _chosen(self, k: int, first: int | None = None) -> list[int]:
         """Experts whose weights are filled: all, or as many as the memory budget holds; from ``first`` on."""
-        units = min(self.region.down.sizes[1:])
+        units = self.region.intermediate
         self.band = int(torch.randint(max(units - _BAND, 1), (1,), generator=self.generator))
-        filled = self.each * _BAND * 2 // min(self.region.down.sizes[1:]) if self.large else self.each
+        filled = self.each * _BAND * 2 // units if self.large else self.each
         count = min(self.experts, max(k + 1, _FILLED // max(filled, 1)))
         if first is not None:
             return [(first + i) % self.experts for i in range(count)]

@@ -40,8 +40,7 @@ class Twin:
         if self.region is self.original:
             return proposal
         h = self.original.hidden
-        sizes = self.original.down.sizes[1:]
-        expert = replace(proposal.spec.expert, hidden=h, intermediate=sizes[0] if sizes[1] == h else sizes[1])
+        expert = replace(proposal.spec.expert, hidden=h, intermediate=self.original.intermediate)
         operands = tuple(self.nodes[n] for n in proposal.operands)
         return replace(proposal, spec=replace(proposal.spec, expert=expert), operands=operands)
 
@@ -88,10 +87,9 @@ def shrink(region: Region) -> Twin:
 def _sizes(region: Region) -> dict[int, int] | None:
     """Large size → small size; None where some number of the region could be either."""
     experts, *down = region.down.sizes
-    h = region.hidden
+    h, i = region.hidden, region.intermediate
     if h not in down:
         return None
-    i = down[0] if down[1] == h else down[1]
     k, size = region.top_k, numel(region.x)
     kept = {experts, experts - 1, experts + 1, k, k * experts}
     if isinstance(size, int):  # a captured number of tokens may stand anywhere

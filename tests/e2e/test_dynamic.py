@@ -223,7 +223,7 @@ def test_the_kernel_follows_the_token_count() -> None:
     assert used == [plan.kernel_for(length) for length in LENGTHS]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "llama4"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", pytest.param("nemotron_h", marks=pytest.mark.slow), "llama4"])
 def test_a_model_of_transformers(inner: Counting, name: str) -> None:
     """As many graphs as without us, at every step."""
     assert unavailable(name) is None

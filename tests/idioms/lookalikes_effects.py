@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .harness import EXPERTS, HIDDEN, TOP_K, hidden_states
-from .lookalikes import _PerExpert, _register, act, lookalike, plain, rows, scaled, special
+from .harness import EXPERTS, HIDDEN, hidden_states
+from .lookalikes import _register, act, lookalike, rows, scaled, special
 from .parts import ExpertList, Gated, Router, Stacked
 
 LOG: list[float] = []
@@ -211,14 +211,6 @@ class PartialResultRead(ExpertList):
         return out, half
 
 
-class _Noisy(_PerExpert):
-    """The same numbers for the original and the compiled program: the generator is seeded in forward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return super().forward(x)
-
-
 for _p in (0.1, 0.0005):
     _register(
         lambda p=_p: ExpertList(
@@ -322,4 +314,31 @@ class StridedParameters(Stacked):
         return torch.einsum("tki,tkih,tk->th", hidden, self.w2[ids], weights)
 
 
-_ = (TOP_K, plain)
+class _Wide(nn.Module):
+    """hidden → 512 → hidden; ``last`` units of 512, or of the result, count twice."""
+
+    def __init__(self, units: int, results: int):
+        super().__init__()
+        self.units, self.results = units, results
+        self.up, self.down = nn.Linear(256, 512, bias=False), nn.Linear(512, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _twice(self.down(_twice(F.relu(self.up(x)), self.units)), self.results)
+
+
+def _twice(a: Tensor, last: int) -> Tensor:
+    return torch.cat([a[:, :-last], a[:, -last:] * 2], 1) if last else a
+
+
+class _WideRouter(Router):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, 256) * 0.1)
+
+
+for _name, _units, _results in (("LastUnits", 13, 0), ("LastResults", 0, 13)):
+    _register(
+        lambda u=_units, r=_results: ExpertList(lambda: _Wide(u, r), _WideRouter),
+        f"{_name}OfWideExperts",
+        inputs=lambda: [(hidden_states(80).view(10, 256),)],
+    )
