@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from moe_fx.passes.sampling import IdRange, Sampler, id_range
 from moe_fx.passes.shrink import Twin, shrink
 from moe_fx.passes.verify import verify
 from moe_fx.plan import Plan
-from moe_fx.reasons import MoEFxError, MoEFxInternalError, MoEFxWarning, Reject
+from moe_fx.reasons import MoEFxInternalError, MoEFxOptionError, MoEFxUnsupportedError, MoEFxWarning, Reject
 from moe_fx.report import RECORDER, Report, Site
 
 ops.install(Dispatch())
@@ -54,19 +55,19 @@ def moe_fx(
         return compile_inner(gm, example_inputs, settings)
     started = time.perf_counter()
     RECORDER.begin(_wrapper())
-    dump = Dump.open(settings.dump_dir)
-    dump.graph("captured", gm)
-    sites = _Graph(gm, example_inputs, settings, dump).fuse()
-    dump.graph("rewritten", gm)
+    graph = _Graph(gm, example_inputs, settings)
+    graph.write(lambda dump: dump.graph("captured", gm))
+    sites = graph.fuse()
+    graph.write(lambda dump: dump.graph("rewritten", gm))
     for site in sites:
         RECORDER.add(site)
     RECORDER.graph(time.perf_counter() - started)
     _warn_if_nothing_matched(RECORDER.snapshot())
-    dump.report(RECORDER.snapshot())
+    graph.write(lambda dump: dump.report(RECORDER.snapshot()))
     return compile_inner(gm, example_inputs, settings)
 
 
-hooks.install(moe_fx)
+hooks.install(moe_fx, lambda: not disabled())
 
 
 def _warn_if_nothing_matched(report: Report) -> None:
@@ -104,16 +105,23 @@ _VERDICTS: dict[str, _Verdict] = {}
 class _Graph:
     """One Dynamo graph on its way through the stages."""
 
-    def __init__(self, gm: GraphModule, example_inputs: list[Any], options: Options, dump: Dump):
-        self.gm, self.inputs, self.options, self.dump = gm, example_inputs, options, dump
+    def __init__(self, gm: GraphModule, example_inputs: list[Any], options: Options):
+        self.gm, self.inputs, self.options = gm, example_inputs, options
         self.seconds: dict[str, float] = {}
+        self.dump: Dump | None = None
+
+    def write(self, what: Callable[[Dump], None]) -> None:
+        """A dump; that it fails costs a warning and no block."""
+        with self._stage("dump"):
+            self.dump = self.dump or Dump.open(self.options.dump_dir)
+            what(self.dump)
 
     def fuse(self) -> list[Site]:
         sites: list[Site] = []
         accepted: list[tuple[Graph, Region, Proposal, Plan, int]] = []
         with self._stage("capture") as failed:
             sites += [self._left(None, fqn, rejects) for fqn, rejects in hooks.drain()]
-        with self._stage("find") as failed:
+        with self._stage("find", failed):
             for graph, weights, buffers in graph_parts(self.gm, self.inputs):
                 found = find_regions(graph, weights)
                 for node, rejects in found.rejects:
@@ -124,8 +132,8 @@ class _Graph:
                         sites.append(self._left(region.down.uses[0], _fqn(region.down.uses[0]), verdict.rejects))
                         continue
                     proposal = replace(verdict.proposal, operands=tuple(region.inputs[i] for i in verdict.operands))
-                    accepted.append((graph, region, proposal, verdict.plan, len(sites)))
                     sites.append(self._fused(region, proposal, verdict.plan))
+                    accepted.append((graph, region, proposal, verdict.plan, len(sites) - 1))
         if failed:
             sites.append(self._left(None, "", tuple(failed)))
         self._rewrite(accepted, sites)
@@ -133,12 +141,12 @@ class _Graph:
 
     def _judge(self, region: Region, buffers: dict[Node, Tensor]) -> _Verdict:
         """MATCH, PLAN and VERIFY, once per fingerprint."""
-        bounds = id_range(region.ids, buffers)
         grad = torch.is_grad_enabled() if region.mode.grad is None else region.mode.grad
         training = grad and any(
             t.requires_grad for n in region.inputs if isinstance(t := n.meta.get("example_value"), Tensor)
         )
         with self._stage("match") as failed:
+            bounds = id_range(region.ids, buffers)
             key = fingerprint(region, bounds, training, self.options)
             if self.options.verify != "always" and key in _VERDICTS:
                 return _VERDICTS[key]
@@ -170,9 +178,11 @@ class _Graph:
                 reject = self._verify(twin, small, plan, bounds, training)
                 if reject is None:
                     positions = tuple(region.inputs.index(n) for n in proposal.operands)
-                    self.dump.region(key, region, proposal, plan)
+                    self.write(partial(Dump.region, key=key, region=region, proposal=proposal, plan=plan))
                     return _Verdict(proposal, plan, positions)
                 rejects.append(reject)
+            if failed:
+                break
         return _Verdict(None, None, rejects=tuple(dict.fromkeys(rejects)))
 
     def _plan(self, region: Region, proposal: Proposal, training: bool) -> Plan:
@@ -209,11 +219,13 @@ class _Graph:
             if failed:
                 sites[index] = self._left(where if where in graph.nodes else None, fqn, tuple(failed))
         if accepted:
-            with self._stage("rewrite"):
+            with self._stage("rewrite") as failed:
                 for graph in {id(g): g for g, *_ in accepted}.values():
                     graph.lint()
                     if graph.owning_module is not None:
                         graph.owning_module.recompile()
+            if failed:
+                sites.append(self._left(None, "", tuple(failed)))
         if calls and self.options.router == "fuse":
             self._fuse_routers(calls, sites)
 
@@ -260,8 +272,8 @@ class _Graph:
         started = time.perf_counter()
         try:
             yield failed
-        except MoEFxError:
-            raise
+        except (MoEFxOptionError, MoEFxUnsupportedError, MoEFxInternalError):
+            raise  # what was asked for cannot be had
         except Exception as error:
             text = f"{name}: {type(error).__name__}: {error}"
             if self.options.strict:
@@ -286,7 +298,7 @@ def _fqn(node: Node) -> str:
     """Dotted name of the innermost module that the node's code belongs to."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
-        return node.name
+        return "(root)"
     path = str(stack[-1][0]).replace("L['self']", "").replace("L['fn']", "").lstrip(".")
     for mark in ("._modules['", "']", '["', "_modules['"):
         path = path.replace(mark, "." if mark.endswith(("['", '["')) else "")

@@ -132,7 +132,9 @@ class _Finder:
             yield from itertools.product(self._funnel(seeds), ends)
         else:
             for end in ends[:_DENSE_ENDS]:
-                yield from ((ids, end) for ids in self._funnel(self._dense_sources(end)))
+                # rows of a block behind a residual lead back to the ids of the block before: without them first
+                for rows in (False, True):
+                    yield from ((ids, end) for ids in self._funnel(self._dense_sources(end, rows)))
 
     def ends(self) -> Iterable[Node]:
         flow = self.flow
@@ -173,19 +175,20 @@ class _Finder:
                     stack += node.all_input_nodes
         return found
 
-    def _dense_sources(self, end: Node) -> set[Node]:
+    def _dense_sources(self, end: Node, rows: bool) -> set[Node]:
         """For a block that runs all experts on all tokens: integers that pick from its results, or from which a matrix
         that it multiplies by was scattered, looked for backwards no further than the nearest product."""
         flow = self.flow
         reach = flow.within(self.uses, flow.succs, 0, flow.position[end])
-        outer = [p for n in (*self.uses, *reach) for p in n.all_input_nodes if p not in reach]
+        readers = reach if rows else reach - set(self.uses)
+        outer = [p for n in readers for p in n.all_input_nodes if p not in reach]
         sources = {p for p in outer if p in flow.integers}
         seen: set[Node] = set()
         stack = [p for p in outer if p not in flow.integers]
         while stack:
             node = stack.pop()
             name = target_name(node).rstrip("_")
-            if node in seen or node in self.weights or name in _ENDS_OF_SCORES:
+            if node in seen or node in self.weights or name in _ENDS_OF_SCORES or name in _FILLS:
                 continue
             seen.add(node)
             indices = {p for p in node.all_input_nodes if p in flow.integers}

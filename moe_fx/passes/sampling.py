@@ -257,11 +257,16 @@ class Sampler:
                 elements = int(_evaluate(size, assignment))
                 if elements > 0 and elements % self.region.hidden == 0 and elements // self.region.hidden <= 2 * tokens:
                     return elements // self.region.hidden, assignment
-        for count in range(tokens, tokens + 16):
-            for symbol in reversed(free):
-                assignment = {s: count if s is symbol or s not in free else 1 for s in self.symbols}
-                if int(_evaluate(size, assignment)) == count * self.region.hidden:
-                    return count, assignment
+        found: list[tuple[int, dict[Any, int]]] = []
+        for symbol in reversed(free):
+            for size_of in range(1, tokens + 17):
+                assignment = {s: size_of if s is symbol or s not in free else 1 for s in self.symbols}
+                count, rest = divmod(int(_evaluate(size, assignment)), self.region.hidden)
+                if count >= tokens and not rest:
+                    found.append((count, assignment))
+                    break
+        if found:
+            return min(found, key=lambda f: f[0])
         raise ValueError(f"no values of {free} give {tokens} tokens or a few more")
 
 
