@@ -47,7 +47,7 @@ def find_banks(flow: Dataflow, weights: set[Node]) -> list[Bank]:
     stacked = [n for n in weights if (t := tensor(n)) is not None and t.ndim == 3 and t.is_floating_point()]
     groups: list[tuple[Node, ...]] = [(n,) for n in stacked]
     groups += _numbered_alike([n for n in weights if (t := tensor(n)) is not None and t.ndim == 2])
-    banks = [bank for group in groups if (bank := _bank(flow, group, weights)) is not None]
+    banks = [bank for group in groups for bank in _banks(flow, group, weights)]
     return sorted(banks, key=lambda b: flow.position[b.uses[0]])
 
 
@@ -88,8 +88,9 @@ def _numbered_alike(nodes: list[Node]) -> list[tuple[Node, ...]]:
     return groups
 
 
-def _bank(flow: Dataflow, params: tuple[Node, ...], weights: set[Node]) -> Bank | None:
-    """The bank of ``params``, or None when they are used otherwise than in products, or one after the other."""
+def _banks(flow: Dataflow, params: tuple[Node, ...], weights: set[Node]) -> list[Bank]:
+    """The bank of ``params``, once for every block that uses it (tied blocks use one after the other); none when they
+    are used otherwise than in products, or are alike layers in a row."""
     uses: list[Node] = []
     views: set[Node] = set()
     stack = list(params)
@@ -106,11 +107,16 @@ def _bank(flow: Dataflow, params: tuple[Node, ...], weights: set[Node]) -> Bank 
             elif target_name(user) in PRODUCTS:
                 uses.append(user)
             else:
-                return None
+                return []
     uses.sort(key=flow.position.__getitem__)
     if not uses or (len(params) > 1 and len(uses) > 1 and flow.depends(uses[1], uses[0])):
-        return None
-    return Bank(params, tuple(uses), frozenset(views))
+        return []
+    turns: list[list[Node]] = [[]]
+    for use in uses:
+        if turns[-1] and flow.depends(use, turns[-1][0]):
+            turns.append([])
+        turns[-1].append(use)
+    return [Bank(params, tuple(turn), frozenset(views)) for turn in turns]
 
 
 def is_weight(node: Node, example: object) -> bool:

@@ -202,7 +202,7 @@ class _Finder:
         low, high = flow.position[ids], flow.position[end]
         if high <= low:
             return Reject("find.no_exit", "the ids are computed after the result", end.name)
-        from_ids = flow.within([ids, *self.uses, *self.views], flow.succs, 0, high) - {ids}
+        from_ids = flow.within([ids, *self.uses], flow.succs, 0, high) - {ids}
         inside = from_ids & flow.within([end], flow.preds, 0, high)
         self._absorb(inside, ids, high)
         boundary = self._boundary(inside)
