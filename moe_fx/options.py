@@ -14,13 +14,13 @@ InnerBackend = Literal["inductor", "eager", "aot_eager", "cudagraphs", "tensorrt
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _NOT_BUILT = {
+    "tune": "measuring candidates",
     "quantize": "quantising at compile time",
     "parallel": "expert parallelism",
 }
 ENVIRONMENT = {
     "MOE_FX_DISABLE": "1 hands every graph to the inner backend untouched",
     "MOE_FX_DUMP": "a directory: the same as dump_dir",
-    "MOE_FX_CACHE_DIR": "where plans and verdicts are kept between processes",
     "MOE_FX_OPTIONS": "a JSON object of options; those given to torch.compile win",
 }
 
@@ -59,10 +59,10 @@ def resolve(options: dict[str, Any] | None, mode: str | None = None) -> Options:
         if name not in hints:
             raise MoEFxOptionError(f"unknown option {name!r}{_suggest(name, list(hints))}")
         _check(name, value, hints[name])
-        if name in _NOT_BUILT and value is not None:
+        if name in _NOT_BUILT and value not in (None, False):
             raise MoEFxOptionError(f"option {name!r} is not available in this version: {_NOT_BUILT[name]} is not built")
-    if str(given.get("mode", "")).startswith("max-autotune"):
-        given.setdefault("tune", True)
+    if given.get("memory") == "replace":
+        raise MoEFxOptionError('memory="replace" is not available in this version; use "copy"')
     return Options(**given)
 
 

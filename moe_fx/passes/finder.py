@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_fx.passes.banks import PRODUCTS, Bank, find_banks, partners
-from moe_fx.passes.dataflow import Dataflow, fake, target_name, tensor, tensors, value
+from moe_fx.passes.dataflow import Dataflow, fake, is_integer, target_name, tensor, tensors, value
 from moe_fx.passes.regions import Region, numel, same
 from moe_fx.reasons import Reject
 
@@ -109,8 +109,10 @@ class _Finder:
         if not ends:
             return [Reject("find.no_exit", "the experts' results do not come together in one tensor", self.where)]
         best: Region | None = None
-        for ids, end in self._candidates(ends):
-            result = self._carve(ids, end)
+        for apart, (ids, end) in itertools.product((False, True), list(self._candidates(ends))):
+            if apart and (best is not None or not self.indexed):
+                break
+            result = self._carve(ids, end, apart)
             if isinstance(result, Reject):
                 misses.append(result)
             elif result.weights is not None:
@@ -151,7 +153,8 @@ class _Finder:
             return node in flow.integers and node not in self.weights and target_name(node) not in _FILLS
 
         funnel = flow.funnels(seeds, forward=False, keep=lambda n: indexes(n) or target_name(n) == "sort")
-        return [n for n in funnel if (t := tensor(n)) is not None and n in flow.integers and t.ndim >= 1]
+        found = [(n, tensor(n)) for n in funnel if n in flow.integers]
+        return [n for n, t in found if t is not None and is_integer(t) and t.ndim >= 1]
 
     def _index_sources(self, use: Node) -> list[Node]:
         """Integer tensors that a product depends on: indices that picked its weights or rows, offsets."""
@@ -197,13 +200,15 @@ class _Finder:
                 stack += flow.preds[node]
         return {s for s in sources if s.op != "placeholder" and target_name(s) not in _FILLS}
 
-    def _carve(self, ids: Node, end: Node) -> Region | Reject:
+    def _carve(self, ids: Node, end: Node, apart: bool = False) -> Region | Reject:
         flow = self.flow
         low, high = flow.position[ids], flow.position[end]
         if high <= low:
             return Reject("find.no_exit", "the ids are computed after the result", end.name)
         from_ids = flow.within([ids, *self.uses], flow.succs, 0, high) - {ids}
         inside = from_ids & flow.within([end], flow.preds, 0, high)
+        if apart:
+            inside -= self._of_router(inside, ids)
         self._absorb(inside, ids, high)
         boundary = self._boundary(inside)
         result = self._classify(boundary, inside, ids)
@@ -223,6 +228,24 @@ class _Finder:
         if not self.indexed:
             region.scores = self._scores(region)
         return self._effects(region, set(inside), self._boundary(inside)) or region
+
+    def _of_router(self, inside: set[Node], ids: Node) -> set[Node]:
+        """Routing weights that the ids themselves picked (``scores.gather(1, ids)``) and what was made of them, up to
+        the last [.., k] floats: they are computed before the block, which reads them."""
+        flow = self.flow
+        hot = flow.within(self.uses, flow.succs, 0, len(flow.nodes))
+        before = [n for n in sorted(inside, key=flow.position.__getitem__) if n not in hot]
+        for node in reversed(before):
+            floats = tensor(node) is not None and node not in flow.integers
+            if not floats or not same(numel(node), numel(ids)) or flow.writes[node]:
+                continue
+            made = flow.within([node], flow.preds, 0, flow.position[node]) & inside
+            outside = [u for n in made - {node} for u in flow.users(n) if u in inside and u not in made]
+            known = made | flow.integers | {ids}
+            picked = any(tensors(p) and p not in known for n in made for p in flow.preds[n])
+            if picked and not outside and not made & hot:
+                return made
+        return set()
 
     def _scores(self, region: Region) -> Node | None:
         """The last [T, E] (else [E, T]) float matrix made from the ids and not from x."""

@@ -19,6 +19,28 @@ from moe_fx.passes.regions import Region, same
 
 def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node:
     """Replaces ``region`` in ``graph`` and returns the new node; the replaced nodes are erased."""
+    before = set(graph.nodes)
+    try:
+        y, new = _insert(graph, region, proposal, plan)
+    except Exception:  # half a replacement would still run
+        for node in [n for n in reversed(graph.nodes) if n not in before]:
+            graph.erase_node(node)
+        raise
+    late = {region.out, *region.aliases}
+    after = set(_following(new))
+    for node in late:
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user in after)
+    for node in reversed(region.nodes):
+        for user in list(node.users):
+            if not tensors(user) and not user.users and user.op != "output":
+                graph.erase_node(user)  # assertions about the block's inner sizes
+        if not node.users:  # what computes ``scores``, or is shared with readers outside, stays
+            graph.erase_node(node)
+    return y
+
+
+def _insert(graph: Graph, region: Region, proposal: Proposal, plan: str) -> tuple[Node, Node]:
+    """(the fused op, its result in the shape of the value it replaces)."""
     with graph.inserting_before(region.end.next):
         x = _flat(graph, region.x, region.hidden)
         ids = _flat(graph, region.ids, region.top_k)
@@ -33,17 +55,7 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
         y.meta["stack_trace"] = region.out.meta.get("stack_trace", "")
         y.meta["nn_module_stack"] = region.out.meta.get("nn_module_stack", {})
         new = _like(graph, y, region)
-    late = {region.out, *region.aliases}
-    after = set(_following(new))
-    for node in late:
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user in after)
-    for node in reversed(region.nodes):
-        for user in list(node.users):
-            if not tensors(user) and not user.users and user.op != "output":
-                graph.erase_node(user)  # assertions about the block's inner sizes
-        if not node.users:  # what computes ``scores``, or is shared with readers outside, stays
-            graph.erase_node(node)
-    return y
+    return y, new
 
 
 def _gather(graph: Graph, region: Region, ids: Node) -> Node:

@@ -21,9 +21,9 @@ from moe_fx.passes.dataflow import fake, target_name, tensor, value
 from moe_fx.passes.regions import Region, numel
 
 Pattern = str  # "random", "few", "first", "last", "duplicates", "cover <first expert>", "outside <id>"
-_LARGE = 1 << 20  # bytes of one expert in float64 from which only a band of its units is filled
+_LARGE = 1 << 20  # bytes of one expert in float64 from which gradients are checked along directions only
 _FILLED = 128 << 20  # bytes of expert weights in float64 that a sample fills
-_BAND = 64
+_BLOCK = 256  # rows of random numbers that a large matrix repeats
 MEMORY_BUDGET = 2 << 30  # bytes of filled expert weights, and of rows gathered, a sample may hold
 
 _MOST_TOKENS = 1025
@@ -58,7 +58,6 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
         self.each = sum(fake(n).numel() for n in region.weight_nodes) * 8 // self.experts  # bytes of one in float64
         self.large = self.each > _LARGE
-        self.band = 0
         self._weights: dict[tuple[torch.dtype | None, int | None], tuple[list[int], dict[Node, Tensor]]] = {}
         self.symbols = sorted({s for node in region.inputs for size in _sizes(node) for s in _free(size)}, key=str)
 
@@ -147,35 +146,29 @@ class Sampler:
         return Sample(inputs, x, ids.to(x.device), weights.reshape(tokens, k), operands, label)
 
     def _weight(self, node: Node, shape: list[int], dtype: torch.dtype, filled: list[int] | None) -> Tensor:
-        scale = min(shape[-1], shape[-2]) ** -0.5
+        """Random weights with the strides of the model's own; experts that are not ``filled`` stay zero pages."""
+        weight = _lazy_zeros(shape, dtype)
         if len(shape) == 2:
-            matrix = _lazy_zeros(shape, dtype)
             if filled is None or self.region_index(node) in filled:
-                for part in self._parts(matrix):
-                    part.copy_(self._normal(list(part.shape), dtype, scale))
-            return matrix
-        if filled is None and not self.large:
-            return self._normal(shape, dtype, scale)
-        bank = _lazy_zeros(shape, dtype)
-        for e in range(self.experts) if filled is None else filled:
-            for part in self._parts(bank[e]):
-                part.copy_(self._normal(list(part.shape), dtype, scale))
-        return bank
+                self._fill(weight)
+        else:
+            for e in range(self.experts) if filled is None else filled:
+                self._fill(weight[e])
+        like = fake(node)
+        if like.is_contiguous() or tuple(like.shape) != tuple(shape):
+            return weight
+        return torch.empty_strided(shape, [int(s) for s in like.stride()], dtype=dtype).copy_(weight)
 
-    def _parts(self, matrix: Tensor) -> Iterator[Tensor]:
-        """What is filled of one expert's matrix: all of it or, where that is much, the same band of intermediate units
-        in every matrix, wherever gate and up of a unit may lie (in halves or in turn)."""
-        if not self.large:
-            yield matrix
-            return
-        hidden = self.region.hidden
-        dim = 0 if matrix.shape[1] == hidden else 1
-        units = self.region.intermediate
-        for start in {self.band, units + self.band}:
-            if start < matrix.shape[dim]:
-                yield matrix.narrow(dim, start, min(_BAND, matrix.shape[dim] - start))
-        if matrix.shape[dim] == 2 * units:
-            yield matrix.narrow(dim, 2 * self.band, 2 * _BAND)
+    def _fill(self, matrix: Tensor) -> None:
+        """Normal values.  A large matrix repeats a block of rows with a factor of its own for each row: no two rows are
+        equal, at a fraction of the random numbers."""
+        rows, columns = matrix.shape
+        scale = min(rows, columns) ** -0.5
+        block = self._normal([min(rows, _BLOCK), columns], torch.float32, scale)
+        for start in range(0, rows, _BLOCK):
+            part = matrix[start : start + _BLOCK]
+            factors = 1.0 if rows <= _BLOCK else self._normal([len(part), 1], torch.float32, 1.0)
+            part.copy_(block[: len(part)] * factors)
 
     def region_index(self, node: Node) -> int:
         """Which expert a parameter of a list belongs to."""
@@ -211,10 +204,7 @@ class Sampler:
 
     def _chosen(self, k: int, first: int | None = None) -> list[int]:
         """Experts whose weights are filled: all, or as many as the memory budget holds; from ``first`` on."""
-        units = self.region.intermediate
-        self.band = int(torch.randint(max(units - _BAND, 1), (1,), generator=self.generator))
-        filled = self.each * _BAND * 2 // units if self.large else self.each
-        count = min(self.experts, max(k + 1, _FILLED // max(filled, 1)))
+        count = min(self.experts, max(k + 1, _FILLED // max(self.each, 1)))
         if first is not None:
             return [(first + i) % self.experts for i in range(count)]
         return sorted(torch.randperm(self.experts, generator=self.generator)[:count].tolist())

@@ -204,8 +204,11 @@ def _same_tangents(
     factors = torch.Generator().manual_seed(1)
     with forward_ad.dual_level(), torch.no_grad():
         for node in wanted:
-            factor = float(torch.rand(1, generator=factors)) * 2 - 1
-            by_node[node] = forward_ad.make_dual(by_node[node], by_node[node] * factor)
+            held = by_node[node]
+            tangent = held * (float(torch.rand(1, generator=factors)) * 2 - 1)
+            if node in (region.x, region.weights):  # small enough for a direction of its own
+                tangent = tangent * torch.randn(held.shape, generator=factors, dtype=held.dtype).to(held.device)
+            by_node[node] = forward_ad.make_dual(held, tangent)
         theirs, *scores = run_exact(module, [by_node[n] for n in region.inputs], coverage=coverage)
         dual = dataclasses.replace(
             sample,

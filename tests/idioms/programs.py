@@ -282,10 +282,7 @@ class _Argmax(Router):
 
 
 for _router in (_Argmax, SoftmaxOfChosen, SigmoidWithGroups, InFloat32, StaysFloat32):
-    _missing = "weights gathered by the ids themselves are taken into the block: find.inputs"
-    program(name=f"Router{_router.__name__.strip('_')}", missing=_missing if _router is SigmoidWithGroups else "")(
-        partial(ExpertList, Gated, _router)
-    )
+    program(name=f"Router{_router.__name__.strip('_')}")(partial(ExpertList, Gated, _router))
 
 
 # --- what stands around a block
@@ -335,7 +332,7 @@ class TwoLayers(nn.Module):
         return x
 
 
-@program(blocks=2, missing="one bank takes all uses of its parameters, those of the second call too")
+@program(blocks=2)
 class SharedTwice(nn.Module):
     """One block, called twice."""
 

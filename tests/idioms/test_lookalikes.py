@@ -11,18 +11,8 @@ from . import lookalikes_effects
 from .harness import compiled, hidden_states, relative, run
 from .lookalikes import LOOKALIKES
 
-OPEN = {
-    "Idstorch.float32": "FIND takes floats made of integers for ids; the op raises on them",
-    "LastUnitsOfWideExperts": "samples of wide experts fill a band of 64 units; the others are zero",
-}
 
-
-def _cases() -> list[object]:
-    mark = pytest.mark.xfail
-    return [pytest.param(n, marks=[mark(reason=OPEN[n], strict=True)] if n in OPEN else []) for n in LOOKALIKES]
-
-
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", list(LOOKALIKES))
 def test_same_results(name: str) -> None:
     found = LOOKALIKES[name]
     torch.manual_seed(0)
