@@ -20,6 +20,7 @@ from torch._dynamo.symbolic_convert import InliningInstructionTranslator
 
 import moe_fx
 from moe_fx.backend import moe_fx as function
+from moe_fx.options import disabled
 from moe_fx.passes.capture import hooks
 from moe_fx.report import Report
 from tests.zoo.samples import build
@@ -187,7 +188,7 @@ def attribute() -> Any:
 @pytest.fixture
 def _hooked() -> Iterator[None]:
     yield
-    hooks.install(function)
+    hooks.install(function, lambda: not disabled())
 
 
 def test_importing_does_not_touch_dynamo_twice() -> None:
