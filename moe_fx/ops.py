@@ -3,15 +3,21 @@
 ``experts(x, topk_ids, topk_weights, operands, spec, binding, plan) -> y``
     x [T, H] floating; topk_ids [T, k] integer, an id outside [0, E) adds nothing and reads nothing; topk_weights [T, k]
     floating; operands: the model's own tensors in the order of roles that ``binding`` names.  y [T, H].
-``experts_backward(grad, x, topk_ids, topk_weights, operands, needs, spec, binding, plan) -> (dx, dweights, doperands)``
-    needs: for every operand, whether its gradient is wanted; a frozen operand gets an empty tensor and costs nothing.
+``experts_train(the same) -> (y, saved)``
+    What ``experts`` becomes where a gradient is wanted.  saved: the results of the up products [T * k, ·] in order of
+    expert, rows of ids outside [0, E) last and undefined; nothing where the plan recomputes them in the backward.
+``experts_backward(grad, x, topk_ids, topk_weights, operands, saved, needs, spec, binding, plan)``
+    ``-> (dx, dweights, doperands)``; needs: for every operand, whether its gradient is wanted; a frozen operand gets an
+    empty tensor and costs nothing.
 
 The strings carry all that running needs, so an op works the same after a cache hit, export, AOTInductor or CUDA-graph
-replay.  The op is opaque to autocast: casts were part of the block that it replaces and are in the spec.
+replay.  The ops are opaque to autocast: casts were part of the block that they replace and are in the spec.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -20,57 +26,58 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moe_fx.binding import WeightBinding, bind, parse_binding
-from moe_fx.plan import parse_plan
+from moe_fx.plan import Plan, parse_plan
 from moe_fx.reasons import MoEFxRuntimeError, MoEFxUnsupportedError
 from moe_fx.reference import experts_backward as reference_backward
 from moe_fx.reference import experts_forward as reference_forward
-from moe_fx.reference.experts import dtype_of
+from moe_fx.reference.experts import compute_dtype, dtype_of
 from moe_fx.spec import MoESpec, parse
+
+Attributes = tuple[str, ...]  # spec, binding, plan
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of ``experts``; see the module's text."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    operands: list[Tensor]
+    attrs: Attributes
 
 
 class Implementation(Protocol):
     """What runs the ops: ``lowerings.dispatch`` in production, the reference where nothing was installed."""
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], attrs: Attributes) -> Tensor: ...
+    def forward(self, call: Call) -> Tensor: ...
+
+    def train(self, call: Call) -> tuple[Tensor, list[Tensor]]: ...
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        operands: list[Tensor],
-        needs: list[bool],
-        attrs: Attributes,
+        self, call: Call, grad: Tensor, saved: list[Tensor], needs: list[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor]]: ...
-
-
-Attributes = tuple[str, str, str]  # spec, binding, plan
 
 
 class ReferenceImplementation:
     """Runs the definition itself."""
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], attrs: Attributes) -> Tensor:
-        spec = parse(attrs[0])
-        return reference_forward(x, ids, weights, bind(parse_binding(attrs[1]), operands, spec.expert.experts), spec)
+    def forward(self, call: Call) -> Tensor:
+        spec, binding, _, _ = _read(*call.attrs)
+        return reference_forward(
+            call.x, call.ids, call.weights, bind(binding, call.operands, spec.expert.experts), spec
+        )
+
+    def train(self, call: Call) -> tuple[Tensor, list[Tensor]]:
+        return self.forward(call), [s.zero_() for s in saved_like(call)]
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        operands: list[Tensor],
-        needs: list[bool],
-        attrs: Attributes,
+        self, call: Call, grad: Tensor, saved: list[Tensor], needs: list[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        spec, binding = parse(attrs[0]), parse_binding(attrs[1])
-        grads = [torch.zeros_like(o, memory_format=torch.contiguous_format) for o in operands]
-        e = spec.expert.experts
-        dx, dweights = reference_backward(
-            grad, x, ids, weights, bind(binding, operands, e), spec, bind(binding, grads, e)
-        )
+        spec, binding, _, _ = _read(*call.attrs)
+        grads = [torch.zeros_like(o, memory_format=torch.contiguous_format) for o in call.operands]
+        experts, dexperts = (bind(binding, tensors, spec.expert.experts) for tensors in (call.operands, grads))
+        dx, dweights = reference_backward(grad, call.x, call.ids, call.weights, experts, spec, dexperts)
         return dx, dweights, [g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True)]
 
 
@@ -84,15 +91,24 @@ def install(implementation: Implementation) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _read(spec: str, binding: str, plan: str) -> tuple[MoESpec, WeightBinding, int]:
+def _read(spec: str, binding: str, plan: str) -> tuple[MoESpec, WeightBinding, Plan, int]:
     """The attributes, and how many operands they ask for; another version may have written them."""
     try:
-        parse_plan(plan)
-        parsed, bound = parse(spec), parse_binding(binding)
+        parsed, bound, chosen = parse(spec), parse_binding(binding), parse_plan(plan)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise MoEFxRuntimeError(f"a fused op has attributes that cannot be read: {error}") from error
     lists = sum(o.form == "list" and o.role != "norm" for o in bound.operands)
-    return parsed, bound, len(bound.operands) + lists * (parsed.expert.experts - 1)
+    return parsed, bound, chosen, len(bound.operands) + lists * (parsed.expert.experts - 1)
+
+
+def saved_like(call: Call) -> list[Tensor]:
+    """Empty tensors of the sizes and dtypes of what ``experts_train`` saves."""
+    spec, binding, plan, _ = _read(*call.attrs)
+    if plan.backward == "recompute":
+        return []
+    experts = bind(binding, call.operands, spec.expert.experts)
+    rows, dtype = call.x.shape[0] * spec.top_k, compute_dtype(experts, spec.expert)
+    return [call.x.new_empty((rows, matrices[0].shape[0]), dtype=dtype) for matrices in experts.up]
 
 
 def _differ(size: object, wanted: object) -> bool:
@@ -100,9 +116,10 @@ def _differ(size: object, wanted: object) -> bool:
     return isinstance(size, int) and isinstance(wanted, int) and size != wanted
 
 
-def _check(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], attrs: Attributes) -> None:
+def _check(call: Call) -> None:
     """A named error instead of a wrong read."""
-    spec, binding, count = _read(*attrs)
+    spec, binding, _, count = _read(*call.attrs)
+    x, ids, weights, operands = call.x, call.ids, call.weights, call.operands
     hidden, k = spec.expert.hidden, spec.top_k
     if x.ndim != 2 or _differ(x.shape[1], hidden) or not x.dtype.is_floating_point:
         raise MoEFxRuntimeError(f"x must be [T, {hidden}] and floating, got {x.dtype} {list(x.shape)}")
@@ -121,7 +138,13 @@ def _check(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], attr
             raise MoEFxRuntimeError(f"{operand.role} {list(sizes)} must hold {spec.expert.experts} experts")
 
 
-def _refuse_forward_mode(tensors: list[Tensor]) -> None:
+_NO_TRANSFORM = (
+    "the ops of moe_fx have no forward-mode derivative and no torch.func transform (vmap, jvp, grad); compile the part "
+    "that needs one with another backend, or set MOE_FX_DISABLE=1"
+)
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
     """Below autograd a tangent would be dropped in silence."""
     if forward_ad._current_level < 0:
         return
@@ -130,104 +153,11 @@ def _refuse_forward_mode(tensors: list[Tensor]) -> None:
             raise MoEFxUnsupportedError(_NO_TRANSFORM)
 
 
-_NO_TRANSFORM = (
-    "moe_fx.experts has no forward-mode derivative and no torch.func transform (vmap, jvp, grad); compile the part "
-    "that needs one with another backend, or set MOE_FX_DISABLE=1"
-)
-
-
-@torch.library.custom_op("moe_fx::experts", mutates_args=())
-def experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    operands: list[Tensor],
-    spec: str,
-    binding: str,
-    plan: str,
-) -> Tensor:
-    attrs = (spec, binding, plan)
-    _check(x, topk_ids, topk_weights, operands, attrs)
-    _refuse_forward_mode([x, topk_weights, *operands])
-    with torch._C._DisableAutocast():
-        return _implementation.forward(x, topk_ids, topk_weights, list(operands), attrs)
-
-
-@experts.register_fake
-def _experts_fake(
-    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str
-) -> Tensor:
-    _check(x, topk_ids, topk_weights, operands, (spec, binding, plan))
-    return x.new_empty(x.shape, dtype=dtype_of(parse(spec).combine.out_dtype, x.dtype))
-
-
-@torch.library.custom_op("moe_fx::experts_backward", mutates_args=())
-def experts_backward(
-    grad: Tensor,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    operands: list[Tensor],
-    needs: list[bool],
-    spec: str,
-    binding: str,
-    plan: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    with torch._C._DisableAutocast():
-        return _implementation.backward(
-            grad, x, topk_ids, topk_weights, list(operands), list(needs), (spec, binding, plan)
-        )
-
-
-@experts_backward.register_fake
-def _experts_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    operands: list[Tensor],
-    needs: list[bool],
-    spec: str,
-    binding: str,
-    plan: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    contiguous = torch.contiguous_format
-    doperands = [
-        torch.empty_like(o, memory_format=contiguous) if need else o.new_empty(0)
-        for o, need in zip(operands, needs, strict=True)
-    ]
-    return (
-        torch.empty_like(x, memory_format=contiguous),
-        torch.empty_like(topk_weights, memory_format=contiguous),
-        doperands,
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ids, weights, operands, *attrs = inputs
-    ctx.attrs = tuple(attrs)
-    ctx.needs = [o.requires_grad for o in operands]
-    ctx.save_for_backward(x, ids, weights, *operands)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, ids, weights, *operands = ctx.saved_tensors
-    dx, dweights, doperands = torch.ops.moe_fx.experts_backward(grad, x, ids, weights, operands, ctx.needs, *ctx.attrs)
-    wanted = [g if need else None for g, need in zip(doperands, ctx.needs, strict=True)]
-    return dx, None, dweights, wanted, None, None, None
-
-
-experts.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _no_second_derivative(ctx: Any, *grads: object) -> None:
+def no_second_derivative(ctx: Any, *grads: object) -> None:
     raise MoEFxRuntimeError(
-        "moe_fx.experts has no second derivative; compile the part that needs one with another backend, "
+        "the ops of moe_fx have no second derivative; compile the part that needs one with another backend, "
         "or set MOE_FX_DISABLE=1"
     )
-
-
-experts_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 def _no_transform(*_: object) -> None:
@@ -235,5 +165,136 @@ def _no_transform(*_: object) -> None:
 
 
 _LIBRARY = torch.library.Library("moe_fx", "FRAGMENT")  # held: its registrations live as long as it does
-for _name in ("experts", "experts_backward"):
-    _LIBRARY.impl(_name, _no_transform, "FuncTorchDynamicLayerFrontMode")
+
+
+def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An op of ours that is not differentiable yet: schema, what it runs below autograd and autocast, and its fake."""
+
+    def below(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return run(*args)
+
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, below, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _no_transform, "FuncTorchDynamicLayerFrontMode")
+    torch.library.register_fake(f"moe_fx::{name}", fake, lib=_LIBRARY)
+
+
+def define_choice(name: str, train: str, differentiable: Callable[..., list[Tensor]]) -> None:
+    """Where a gradient of ``differentiable(*args)`` is wanted, op ``name`` is op ``train`` without what that saves."""
+
+    def choose(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable(*args)):
+            *results, _ = getattr(torch.ops.moe_fx, train)(*args)
+            return results[0] if len(results) == 1 else tuple(results)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.moe_fx, name)(*args)
+
+    _LIBRARY.impl(name, choose, "Autograd")
+
+
+def define_derivative(name: str, backward: Callable[..., Any], save: Callable[..., None] = lambda *_: None) -> None:
+    """The derivative of an op; save(ctx, inputs, output) keeps what ``backward(ctx, *grads)`` reads."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by name
+        save(ctx, inputs, output)
+
+    torch.library.register_autograd(f"moe_fx::{name}", backward, setup_context=keep, lib=_LIBRARY)
+
+
+def contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def gradients_like(operands: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Empty tensors for the gradients of the operands: of no elements where none is wanted."""
+    return [contiguous_like(o) if need else o.new_empty(0) for o, need in zip(operands, needs, strict=True)]
+
+
+def _call(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], *attrs: str) -> Call:
+    return Call(x, ids, weights, list(operands), attrs)
+
+
+def _experts(*args: Any) -> Tensor:
+    call = _call(*args)
+    _check(call)
+    refuse_forward_mode(call.x, call.weights, *call.operands)
+    return _implementation.forward(call)
+
+
+def _experts_fake(*args: Any) -> Tensor:
+    call = _call(*args)
+    _check(call)
+    return call.x.new_empty(call.x.shape, dtype=dtype_of(parse(call.attrs[0]).combine.out_dtype, call.x.dtype))
+
+
+def _train(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    call = _call(*args)
+    _check(call)
+    refuse_forward_mode(call.x, call.weights, *call.operands)
+    return _implementation.train(call)
+
+
+def _train_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    return _experts_fake(*args), saved_like(_call(*args))
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    operands: list[Tensor],
+    saved: list[Tensor],
+    needs: list[bool],
+    *attrs: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return _implementation.backward(_call(x, ids, weights, operands, *attrs), grad, list(saved), list(needs))
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    operands: list[Tensor],
+    saved: list[Tensor],
+    needs: list[bool],
+    *attrs: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return contiguous_like(x), contiguous_like(weights), gradients_like(operands, needs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    x, ids, weights, operands, *attrs = inputs
+    _, saved = output
+    ctx.attrs, ctx.needs, ctx.count = attrs, [o.requires_grad for o in operands], len(operands)
+    ctx.set_materialize_grads(False)  # of ``saved``, which nobody reads
+    ctx.save_for_backward(x, ids, weights, *operands, *saved)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: object) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, [None] * ctx.count, None, None, None
+    x, ids, weights, *rest = ctx.saved_tensors
+    operands, saved = rest[: ctx.count], rest[ctx.count :]
+    dx, dweights, doperands = torch.ops.moe_fx.experts_backward(
+        grad, x, ids, weights, operands, saved, ctx.needs, *ctx.attrs
+    )
+    wanted = [g if need else None for g, need in zip(doperands, ctx.needs, strict=True)]
+    return dx, None, dweights, wanted, None, None, None
+
+
+_INPUTS = "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] operands"
+_ATTRS = "str spec, str binding, str plan"
+define("experts", f"({_INPUTS}, {_ATTRS}) -> Tensor", _experts, _experts_fake)
+define("experts_train", f"({_INPUTS}, {_ATTRS}) -> (Tensor, Tensor[])", _train, _train_fake)
+define(
+    "experts_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor[] saved, bool[] needs, {_ATTRS}) -> (Tensor, Tensor, Tensor[])",
+    _backward,
+    _backward_fake,
+)
+define_choice("experts", "experts_train", lambda x, ids, weights, operands, *_: [x, weights, *operands])
+define_derivative("experts_train", _differentiate, _save)
+define_derivative("experts_backward", no_second_derivative)

@@ -4,10 +4,12 @@
     the router of the spec on router_logits [T, E] floating, then the experts on x [T, H].  operands: those of the op
     ``experts``, then those of the router ("router_bias", "expert_scale", [E] each), as ``binding`` names them.
     topk_ids int64 [T, k] and topk_weights [T, k] are for whoever else reads them; gradients flow through the weights.
-``moe_backward(grad, grad_weights, x, router_logits, ids, weights, operands, needs, spec, binding, plan)``
+``moe_train(the same) -> (y, topk_ids, topk_weights, saved)``
+    What ``moe`` becomes where a gradient is wanted; saved: as of ``experts_train``.
+``moe_backward(grad, grad_weights, x, router_logits, ids, weights, operands, saved, needs, spec, binding, plan)``
     ``-> (dx, dlogits, doperands)``; needs: for every operand, whether its gradient is wanted.
 
-The router's linear stays in the graph, because models return its logits.  The op is opaque to autocast, as ``experts``.
+The router's linear stays in the graph, because models return its logits.  The ops are opaque to autocast.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from moe_fx.reasons import MoEFxRuntimeError
 from moe_fx.reference.experts import dtype_of
 from moe_fx.reference.router import route, route_backward, weights_dtype
 from moe_fx.spec import MoESpec, RouterSpec, parse
+
+Routed = tuple[Tensor, Tensor, Tensor]  # y, topk_ids, topk_weights
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +47,7 @@ def _split(operands: list[Tensor], roles: tuple[str, ...]) -> tuple[list[Tensor]
     """operands → (those of the experts, the selection bias [E], the per-expert scale [E])."""
     at = len(operands) - len(roles)
     found = dict(zip(roles, operands[at:], strict=True))
-    return operands[:at], found.get("router_bias"), found.get("expert_scale")
+    return list(operands[:at]), found.get("router_bias"), found.get("expert_scale")
 
 
 def _check(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str) -> None:
@@ -62,102 +66,128 @@ def _check(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding
             raise MoEFxRuntimeError(f"{role} must be [{experts}], got {list(operand.shape)}")
 
 
-@torch.library.custom_op("moe_fx::moe", mutates_args=())
-def moe(
-    x: Tensor, router_logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, router_logits, operands, spec, binding)
+def _routed(
+    x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str
+) -> tuple[Tensor, Tensor, list[Tensor], str]:
+    """(ids, weights, the operands of the experts, their binding)."""
+    _check(x, logits, operands, spec, binding)
+    ops.refuse_forward_mode(x, logits, *operands)
     parsed, router, experts_binding, roles = _read(spec, binding)
-    mine, bias, scale = _split(list(operands), roles)
-    with torch._C._DisableAutocast():
-        ids, weights = route(router_logits, bias, scale, router, parsed.top_k)
-    y = torch.ops.moe_fx.experts(x, ids, weights, mine, spec, experts_binding, plan)
-    return y, ids, weights
+    mine, bias, scale = _split(operands, roles)
+    return *route(logits, bias, scale, router, parsed.top_k), mine, experts_binding
 
 
-@moe.register_fake
-def _moe_fake(
-    x: Tensor, router_logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, router_logits, operands, spec, binding)
+def _moe(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str) -> Routed:
+    ids, weights, mine, experts_binding = _routed(x, logits, operands, spec, binding)
+    return torch.ops.moe_fx.experts(x, ids, weights, mine, spec, experts_binding, plan), ids, weights
+
+
+def _train(
+    x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    ids, weights, mine, experts_binding = _routed(x, logits, operands, spec, binding)
+    y, saved = torch.ops.moe_fx.experts_train(x, ids, weights, mine, spec, experts_binding, plan)
+    return y, ids, weights, saved
+
+
+def _moe_fake(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str) -> Routed:
+    _check(x, logits, operands, spec, binding)
     parsed, router, _, roles = _read(spec, binding)
-    _, _, scale = _split(list(operands), roles)
+    _, _, scale = _split(operands, roles)
     size = (x.shape[0], parsed.top_k)
-    kind = weights_dtype(router_logits.dtype, None if scale is None else scale.dtype, router)
+    kind = weights_dtype(logits.dtype, None if scale is None else scale.dtype, router)
     y = x.new_empty(x.shape, dtype=dtype_of(parsed.combine.out_dtype, x.dtype))
     return y, x.new_empty(size, dtype=torch.int64), x.new_empty(size, dtype=kind)
 
 
-@torch.library.custom_op("moe_fx::moe_backward", mutates_args=())
-def moe_backward(
+def _train_fake(
+    x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    y, ids, weights = _moe_fake(x, logits, operands, spec, binding, plan)
+    _, _, experts_binding, roles = _read(spec, binding)
+    mine, _, _ = _split(operands, roles)
+    return y, ids, weights, ops.saved_like(ops.Call(x, ids, weights, mine, (spec, experts_binding, plan)))
+
+
+def _backward(
     grad: Tensor,
     grad_weights: Tensor,
     x: Tensor,
-    router_logits: Tensor,
+    logits: Tensor,
     ids: Tensor,
     weights: Tensor,
     operands: list[Tensor],
+    saved: list[Tensor],
     needs: list[bool],
     spec: str,
     binding: str,
     plan: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     _, router, experts_binding, roles = _read(spec, binding)
-    mine, bias, scale = _split(list(operands), roles)
+    mine, bias, scale = _split(operands, roles)
     dx, dweights, doperands = torch.ops.moe_fx.experts_backward(
-        grad, x, ids, weights, mine, needs[: len(mine)], spec, experts_binding, plan
+        grad, x, ids, weights, mine, saved, needs[: len(mine)], spec, experts_binding, plan
     )
-    with torch._C._DisableAutocast():
-        dlogits, dscale = route_backward(dweights + grad_weights, router_logits, ids, bias, scale, router)
+    dlogits, dscale = route_backward(dweights + grad_weights, logits, ids, bias, scale, router)
     for role, operand, need in zip(roles, operands[len(mine) :], needs[len(mine) :], strict=True):
         d = dscale if role == "expert_scale" else torch.zeros_like(operand)
         doperands.append(operand.new_empty(0) if d is None or not need else d)
     return dx, dlogits, doperands
 
 
-@moe_backward.register_fake
-def _moe_backward_fake(
+def _backward_fake(
     grad: Tensor,
     grad_weights: Tensor,
     x: Tensor,
-    router_logits: Tensor,
+    logits: Tensor,
     ids: Tensor,
     weights: Tensor,
     operands: list[Tensor],
+    saved: list[Tensor],
     needs: list[bool],
-    spec: str,
-    binding: str,
-    plan: str,
+    *attrs: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    contiguous = torch.contiguous_format
-    doperands = [
-        torch.empty_like(o, memory_format=contiguous) if need else o.new_empty(0)
-        for o, need in zip(operands, needs, strict=True)
-    ]
-    dlogits = torch.empty_like(router_logits, memory_format=contiguous)
-    return torch.empty_like(x, memory_format=contiguous), dlogits, doperands
+    return ops.contiguous_like(x), ops.contiguous_like(logits), ops.gradients_like(operands, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, list[Tensor]]) -> None:
     x, logits, operands, *attrs = inputs
-    _, ids, weights = output
+    _, ids, weights, saved = output
     roles = _read(attrs[0], attrs[1])[-1]
-    chooses = [role == "router_bias" for role in roles]  # the choice has no derivative
-    chooses = [False] * (len(operands) - len(roles)) + chooses
-    ctx.attrs = tuple(attrs)
-    ctx.needs = [o.requires_grad and not only for o, only in zip(operands, chooses, strict=True)]
+    chooses = [False] * (len(operands) - len(roles)) + [role == "router_bias" for role in roles]
+    ctx.attrs, ctx.count = tuple(attrs), len(operands)
+    ctx.needs = [o.requires_grad and not only for o, only in zip(operands, chooses, strict=True)]  # a choice has none
+    ctx.set_materialize_grads(False)  # of ``saved``, which nobody reads
     ctx.mark_non_differentiable(ids)
-    ctx.save_for_backward(x, logits, ids, weights, *operands)
+    ctx.save_for_backward(x, logits, ids, weights, *operands, *saved)
 
 
-def _backward(ctx: Any, grad: Tensor, _: object, grad_weights: Tensor) -> tuple[Any, ...]:
-    x, logits, ids, weights, *operands = ctx.saved_tensors
+def _differentiate(ctx: Any, grad: Tensor | None, _: object, grad_weights: Tensor | None, __: object) -> Any:
+    if grad is None and grad_weights is None:
+        return None, None, [None] * ctx.count, None, None, None
+    x, logits, ids, weights, *rest = ctx.saved_tensors
+    operands, saved = rest[: ctx.count], rest[ctx.count :]
+    if grad is None:
+        grad = x.new_zeros(x.shape, dtype=dtype_of(parse(ctx.attrs[0]).combine.out_dtype, x.dtype))
+    grad_weights = torch.zeros_like(weights) if grad_weights is None else grad_weights
     dx, dlogits, doperands = torch.ops.moe_fx.moe_backward(
-        grad, grad_weights, x, logits, ids, weights, operands, ctx.needs, *ctx.attrs
+        grad, grad_weights, x, logits, ids, weights, operands, saved, ctx.needs, *ctx.attrs
     )
     wanted = [g if need else None for g, need in zip(doperands, ctx.needs, strict=True)]
     return dx, dlogits, wanted, None, None, None
 
 
-moe.register_autograd(_backward, setup_context=_setup_context)
-moe_backward.register_autograd(ops._no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+_INPUTS = "Tensor x, Tensor router_logits, Tensor[] operands"
+_KEPT = "Tensor x, Tensor router_logits, Tensor ids, Tensor weights, Tensor[] operands, Tensor[] saved, bool[] needs"
+_ATTRS = "str spec, str binding, str plan"
+ops.define("moe", f"({_INPUTS}, {_ATTRS}) -> (Tensor, Tensor, Tensor)", _moe, _moe_fake)
+ops.define("moe_train", f"({_INPUTS}, {_ATTRS}) -> (Tensor, Tensor, Tensor, Tensor[])", _train, _train_fake)
+ops.define(
+    "moe_backward",
+    f"(Tensor grad, Tensor grad_weights, {_KEPT}, {_ATTRS}) -> (Tensor, Tensor, Tensor[])",
+    _backward,
+    _backward_fake,
+)
+ops.define_choice("moe", "moe_train", lambda x, logits, operands, *_: [x, logits, *operands])
+ops.define_derivative("moe_train", _differentiate, _save)
+ops.define_derivative("moe_backward", ops.no_second_derivative)

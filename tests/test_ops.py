@@ -21,6 +21,7 @@ E, H, I, K, T = 3, 8, 4, 2, 5  # noqa: E741
 STACKED = "bind/1 w13:stacked:out_in:gate_up w2:stacked:out_in:gate_up"
 GATED = ExpertSpec(E, H, I)
 experts, experts_backward = torch.ops.moe_fx.experts.default, torch.ops.moe_fx.experts_backward.default
+experts_train = torch.ops.moe_fx.experts_train.default
 
 # role → sizes of one expert as [out, in], or [out]
 SIZES = {
@@ -38,6 +39,7 @@ class Case:
     combine: CombineSpec = field(default_factory=CombineSpec)
     binding: str = STACKED
     kernel: str = "sorted_loop"
+    backward: str = "recompute"
     frozen: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     weights_dtype: torch.dtype = torch.float32
@@ -53,7 +55,7 @@ class Case:
 
     @property
     def attributes(self) -> tuple[str, str, str]:
-        return str(self.spec), self.binding, f"plan/1 layout=view ranges={self.kernel}:1- backward=recompute"
+        return str(self.spec), self.binding, f"plan/1 layout=view ranges={self.kernel}:1- backward={self.backward}"
 
     def operands(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -90,6 +92,10 @@ LISTS = "bind/1 w1:list:out_in:gate_up w3:list:out_in:gate_up w2:list:out_in:gat
 BIASED = "bind/1 w13:stacked:in_out:interleaved w2:stacked:in_out:gate_up w13_bias:stacked:out_in:interleaved w2_bias:stacked:out_in:gate_up"  # noqa: E501
 CASES = [
     Case("stacked"),
+    Case("save", backward="save"),
+    Case("save-no-token", tokens=0, backward="save"),
+    Case("save-list", binding=LISTS, frozen=(0, 4, 8), backward="save"),
+    Case("save-bfloat16", dtype=torch.bfloat16, backward="save"),
     Case("reference", kernel="reference"),
     Case("gather_bmm", kernel="gather_bmm"),
     Case("int32-ids", ids_dtype=torch.int32),
@@ -118,13 +124,20 @@ def gradients(case: Case) -> tuple[Any, ...]:
     y = reference_forward(x, ids, weights, bind(parse_binding(case.binding), operands, E), case.spec)
     needs = [o.requires_grad for o in operands]
     detached = [o.detach() for o in operands]
-    return torch.randn_like(y), x.detach(), ids, weights.detach(), detached, needs, *attributes
+    _, saved = experts_train(x.detach(), ids, weights.detach(), detached, *attributes)
+    return torch.randn_like(y), x.detach(), ids, weights.detach(), detached, saved, needs, *attributes
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_passes_opcheck(case: Case) -> None:
     torch.library.opcheck(experts, case.inputs(), rtol=1e-2 if case.dtype == torch.bfloat16 else None,
                           atol=1e-2 if case.dtype == torch.bfloat16 else None)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_train_passes_opcheck(case: Case) -> None:
+    tolerance = 1e-2 if case.dtype == torch.bfloat16 else None
+    torch.library.opcheck(experts_train, case.inputs(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -162,6 +175,48 @@ def test_frozen_operands_cost_nothing() -> None:
     *arguments, needs, spec, binding, plan = gradients(Case("frozen", frozen=(0, 1)))
     _, _, doperands = experts_backward(*arguments, needs, spec, binding, plan)
     assert [g.numel() for g in doperands] == [0, 0]
+
+
+def test_what_is_saved_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward reads the saved products: with other weights its activations are still those of the forward."""
+    from moe_fx.kernels.experts.backward import _Job
+
+    found = {}
+    for backward in ("save", "recompute"):
+        case = Case("saved", backward=backward)
+        x, ids, weights, operands, *attributes = case.inputs()
+        again: list[int] = []
+        original = _Job._up
+        monkeypatch.setattr(_Job, "_up", lambda *args, f=original, n=again: n.append(1) or f(*args))
+        experts(x, ids, weights, operands, *attributes).square().sum().backward()
+        monkeypatch.setattr(_Job, "_up", original)
+        assert bool(again) == (backward == "recompute")
+        found[backward] = [x.grad, weights.grad, *(o.grad for o in operands)]
+    for kept, new in zip(found["save"], found["recompute"], strict=True):
+        torch.testing.assert_close(kept, new)
+
+
+def test_a_compiled_training_graph_saves_once() -> None:
+    """Forward and backward graphs of AOTAutograd hold the training op and what it saved."""
+    case = Case("save", backward="save")
+    x, ids, weights, operands, *attributes = case.inputs()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, _: list[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    call = torch.compile(lambda x, w: experts(x, ids, w, operands, *attributes), backend=backend, fullgraph=True)
+    call(x, weights).sum().backward()
+    names = [[str(n.target) for n in gm.graph.nodes if "moe_fx" in str(n.target)] for gm in graphs]
+    assert names == [["moe_fx.experts_train.default"], ["moe_fx.experts_backward.default"]]
+    with torch.no_grad():
+        call(x, weights)
+    assert [str(n.target) for n in graphs[-1].graph.nodes if "moe_fx" in str(n.target)] == ["moe_fx.experts.default"]
 
 
 def test_dynamic_tokens_and_one_graph() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -29,7 +29,8 @@ class Capability:
 
     dtypes: of the weights as stored; x and the routing weights may have any floating dtype.
     forms: storage forms it reads as they are ("stacked", "list", "flat"; a flat tensor binds as a stacked view).
-    backward: the shared backward of ``kernels/experts/backward.py`` serves it ("shared"), or it is forward only ("").
+    backward: the shared backward of ``kernels/experts/backward.py`` serves it, from up products that the kernel keeps
+    ("save") or from new ones ("recompute"); or it is forward only ("").
     packages: names that must be in ``Device.installed``.
     gated: which of gated and ungated experts it takes.
     size_multiple: H and I are multiples of it.
@@ -46,7 +47,7 @@ class Capability:
     compute_dtypes: frozenset[str]
     accumulate: frozenset[str]
     out_dtypes: frozenset[str]
-    backward: str = "shared"
+    backward: Literal["save", "recompute", ""] = "save"
     packages: frozenset[str] = frozenset()
     gated: frozenset[bool] = frozenset({True, False})
     size_multiple: int = 1
@@ -73,6 +74,8 @@ class Cost:
 
 
 class Forward(Protocol):
+    """A kernel.  Only one whose capability says backward="save" is ever called with ``keep``."""
+
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor: ...
 
 

@@ -6,15 +6,17 @@ choice on a host integer, no recompile, no device sync.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, WeightBinding, bind, parse_binding
 from moe_fx.kernels.experts.backward import experts_backward
 from moe_fx.kernels.registry import Kernel, kernel
-from moe_fx.ops import Attributes
+from moe_fx.ops import Attributes, Call, contiguous_like
 from moe_fx.plan import Plan, parse_plan
 from moe_fx.reasons import MoEFxError, MoEFxRuntimeError
 from moe_fx.spec import MoESpec, parse
@@ -33,42 +35,56 @@ def _parsed(attrs: Attributes) -> tuple[MoESpec, WeightBinding, Plan, tuple[Kern
 class Dispatch:
     """Runs ``moe_fx::experts`` and its backward with the kernels of the registry."""
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], attrs: Attributes) -> Tensor:
-        spec, binding, plan, kernels = _parsed(attrs)
-        tokens = x.shape[0]
-        chosen = next(k for k, r in zip(kernels, plan.ranges, strict=True) if r.t_max is None or tokens <= r.t_max)
-        try:
-            experts = self._experts(plan, binding, operands, spec)
-            return chosen.forward(x, ids, weights, experts, spec)
-        except MoEFxError:
-            raise
-        except Exception as error:
-            raise MoEFxRuntimeError(f"kernel {chosen.name!r} failed on {tokens} tokens of {spec}: {error}") from error
+    def forward(self, call: Call) -> Tensor:
+        spec, _, plan, _ = _parsed(call.attrs)
+        chosen = _kernel(call)
+        with _named(f"kernel {chosen.name!r}", call, spec):
+            return chosen.forward(call.x, call.ids, call.weights, _experts(call, plan.layout), spec)
+
+    def train(self, call: Call) -> tuple[Tensor, list[Tensor]]:
+        spec, _, plan, _ = _parsed(call.attrs)
+        if plan.backward == "recompute":
+            return self.forward(call), []
+        chosen = _kernel(call)
+        forward: Any = chosen.forward
+        saved: list[Tensor] = []
+        with _named(f"kernel {chosen.name!r}", call, spec):
+            return forward(call.x, call.ids, call.weights, _experts(call, plan.layout), spec, keep=saved), saved
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        operands: list[Tensor],
-        needs: list[bool],
-        attrs: Attributes,
+        self, call: Call, grad: Tensor, saved: list[Tensor], needs: list[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        spec, binding, _, _ = _parsed(attrs)
-        e = spec.expert.experts
-        grads = [torch.empty_like(o, memory_format=torch.contiguous_format) for o in operands] if any(needs) else None
-        views = None if grads is None else bind(binding, grads, e)
-        try:
-            dx, dweights = experts_backward(grad, x, ids, weights, bind(binding, operands, e), spec, views)
-        except Exception as error:
-            raise MoEFxRuntimeError(f"the backward of {spec} failed on {x.shape[0]} tokens: {error}") from error
+        spec, binding, _, _ = _parsed(call.attrs)
+        grads = [contiguous_like(o) for o in call.operands] if any(needs) else None
+        views = None if grads is None else bind(binding, grads, spec.expert.experts)
+        with _named("the backward", call, spec):
+            experts = _experts(call, "view")
+            dx, dweights = experts_backward(grad, call.x, call.ids, call.weights, experts, spec, views, saved)
         if grads is None:
-            return dx, dweights, [o.new_empty(0) for o in operands]
+            return dx, dweights, [o.new_empty(0) for o in call.operands]
         return dx, dweights, [g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True)]
 
-    @staticmethod
-    def _experts(plan: Plan, binding: WeightBinding, operands: list[Tensor], spec: MoESpec) -> Experts:
-        if plan.layout == "view":
-            return bind(binding, operands, spec.expert.experts)
-        return STORE.get(plan.layout, binding, operands, spec.expert.experts)
+
+def _kernel(call: Call) -> Kernel:
+    """The kernel of the plan's range for this number of tokens."""
+    _, _, plan, kernels = _parsed(call.attrs)
+    tokens = call.x.shape[0]
+    return next(k for k, r in zip(kernels, plan.ranges, strict=True) if r.t_max is None or tokens <= r.t_max)
+
+
+def _experts(call: Call, layout: str) -> Experts:
+    spec, binding, _, _ = _parsed(call.attrs)
+    if layout == "view":
+        return bind(binding, call.operands, spec.expert.experts)
+    return STORE.get(layout, binding, call.operands, spec.expert.experts)
+
+
+@contextmanager
+def _named(what: str, call: Call, spec: MoESpec) -> Iterator[None]:
+    """Whatever fails inside becomes an error of ours that says what ran on what."""
+    try:
+        yield
+    except MoEFxError:
+        raise
+    except Exception as error:
+        raise MoEFxRuntimeError(f"{what} failed on {call.x.shape[0]} tokens of {spec}: {error}") from error

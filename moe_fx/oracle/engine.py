@@ -35,8 +35,8 @@ def choose(
 
     ``kernels`` must hold "reference".  Policy "price": the layout with the lowest geometric mean of its best prices
     over GRID (every octave of T counts the same; a view wins ties), then per range the cheapest kernel over that
-    layout, ties by rank.  Policy "priority": the lowest rank alone.  The backward recomputes activations: saving them
-    is bought with memory that the oracle does not know to be free.
+    layout, ties by rank.  Policy "priority": the lowest rank alone.  Training saves the up products where all chosen
+    kernels can: less than what the original saves, and a quarter of the forward's work less in the backward.
     Raises MoEFxOptionError for an unknown kernel, MoEFxUnsupportedError for a request that is vetoed.
     """
     if request.kernel is not None and request.kernel not in kernels:
@@ -62,7 +62,8 @@ def choose(
 
     chosen = {f"{r.kernel}/{layout}" for r in ranges}
     verdicts = tuple(_verdict(case, reasons[case.candidate], price[case.kernel.name], chosen) for case in cases)
-    return Plan(layout, ranges, "recompute", PRICED_AT, verdicts)
+    saves = request.training and all(kernels[r.kernel].capability.backward == "save" for r in ranges)
+    return Plan(layout, ranges, "save" if saves else "recompute", PRICED_AT, verdicts)
 
 
 def _key(case: Case, price: Callable[[int], float], request: Request) -> Key:

@@ -37,7 +37,7 @@ class Product:
 @dataclass
 class Watch:
     """tags: storage address → the parameters that its values come from alone.  products: in order of execution.
-    values: node name → its tensor when it was computed."""
+    values: node name → its tensor when it was computed, unless parameters alone made it."""
 
     tags: dict[int, Tag] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
@@ -177,9 +177,10 @@ class _Runner(Interpreter):
         out = super().run_node(n)
         if self.mode.coverage is not None and target_name(n) in ("getitem", "__getitem__"):
             self.mode.coverage.cut(n, self.env.get(n.args[0]), out)  # type: ignore[arg-type]
-        if self.mode.watch is not None and isinstance(out, Tensor) and n.op.startswith("call"):
+        watch = self.mode.watch
+        if watch is not None and isinstance(out, Tensor) and n.op.startswith("call") and not watch.tag_of(out):
             with _disable_current_modes():
-                self.mode.watch.values[n.name] = out.detach().clone()
+                watch.values[n.name] = out.detach().clone()
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,6 +21,11 @@ def dtype_of(name: str, default: torch.dtype) -> torch.dtype:
     return getattr(torch, name) if name else default
 
 
+def compute_dtype(experts: Experts, spec: ExpertSpec) -> torch.dtype:
+    """dtype of the products: as the spec says, else that of the weights."""
+    return dtype_of(spec.compute_dtype, experts.up[0][0].dtype)
+
+
 @dataclass(slots=True)
 class _Trace:
     """What one expert computed for its rows: kept for the backward."""
@@ -76,7 +81,7 @@ def experts_backward(
 
 def _expert(rows: Tensor, experts: Experts, e: int, spec: ExpertSpec) -> _Trace:
     """rows [n, H] through expert ``e``."""
-    compute = dtype_of(spec.compute_dtype, experts.up[0][e].dtype)
+    compute = compute_dtype(experts, spec)
     rows = rows.to(compute)
     up = [rows @ matrix[e].to(compute).t() for matrix in experts.up]
     if spec.w13_bias:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,32 @@ def _below_autograd() -> Iterator[None]:
 def check_forward(chosen: Kernel, case: Case, block: Block) -> None:
     before = [t.clone() for t in (block.x, block.weights, *block.operands)]
     y = chosen.forward(block.x, block.ids, block.weights, block.experts, case.spec)
+    if chosen.capability.backward == "save":
+        check_saved(chosen, case, block, y)
     usual = experts_forward(block.x, block.ids, block.weights, block.experts, case.spec)
     exact = block.exact()
     truth = experts_forward(exact.x, exact.ids, exact.weights, exact.experts, case.exact_spec)
     assert_as_exact(y, usual, truth, case.eps, f"{chosen.name} {case}")
     after = (block.x, block.weights, *block.operands)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was written to"
+
+
+def check_saved(chosen: Kernel, case: Case, block: Block, y: torch.Tensor) -> None:
+    """The backward from what the kernel keeps is the backward that computes it again, and keeping changes no result."""
+    forward: Any = chosen.forward
+    saved: list[torch.Tensor] = []
+    kept = forward(block.x, block.ids, block.weights, block.experts, case.spec, keep=saved)
+    assert torch.equal(kept, y)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
+    grads = [block.zeros(), block.zeros()]
+    found = [
+        experts_backward(
+            dy, block.x, block.ids, block.weights, block.experts, case.spec, replace_operands(block, g).experts, s
+        )
+        for g, s in zip(grads, (saved, ()), strict=True)
+    ]
+    for a, b in zip((*found[0], *grads[0]), (*found[1], *grads[1]), strict=True):
+        assert error(a, b) <= 4 * case.eps, f"{chosen.name} {case}"
 
 
 def check_backward(case: Case, block: Block, seed: int = 0) -> None:

@@ -1,10 +1,12 @@
-"""The backward that all PyTorch experts kernels share: active experts only, activations recomputed.
+"""The backward that all PyTorch experts kernels share: active experts only, from saved up products or new ones.
 
 Formulas of ``moe_fx.reference.experts_backward``.  With the routing weight on the output and no norm, dweights is taken
 between the projections: <dy, W2 h + b2> = <W2' dy, h> + <dy, b2>, which saves the down product of the recomputation.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,22 +16,29 @@ from moe_fx.kernels.experts.rows import (
     SortedRows,
     activate,
     combine,
-    compute_dtype,
     gate_and_up,
     gather_rows,
     inside,
     sort_rows,
 )
 from moe_fx.reference.activations import activation
-from moe_fx.reference.experts import norm_backward, normalise
+from moe_fx.reference.experts import compute_dtype, norm_backward, normalise
 from moe_fx.spec import MoESpec
 
 
 def experts_backward(
-    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, grads: Experts | None
+    dy: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    experts: Experts,
+    spec: MoESpec,
+    grads: Experts | None,
+    saved: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """dy [T, H] → (dx [T, H], dweights [T, k]), in the dtypes of x and weights.
 
+    saved: what the forward kept, the up products [T * k, ·] of sorted rows; none are computed again.
     Weight gradients are written into ``grads``, viewed exactly as ``experts`` views the weights; what it holds before
     is overwritten, with zeros for experts without rows.  None: the weights are frozen and no product is spent on them.
     """
@@ -38,7 +47,7 @@ def experts_backward(
         _clear(grads, set(range(spec.expert.experts)) - {expert for expert, _, _ in rows.segments})
     if not rows.used:
         return torch.zeros_like(x), torch.zeros_like(weights)
-    job = _Job(dy, x, weights, experts, spec, grads, rows)
+    job = _Job(dy, x, weights, experts, spec, grads, rows, saved)
     for expert, start, stop in rows.segments:
         job.expert(expert, start, stop)
     if rows.used < ids.numel():
@@ -64,9 +73,10 @@ class _Job:
         spec: MoESpec,
         grads: Experts | None,
         rows: SortedRows,
+        saved: Sequence[Tensor],
     ) -> None:
         self.dy, self.x, self.weights, self.experts, self.spec, self.grads = dy, x, weights, experts, spec, grads
-        self.order = rows.order
+        self.order, self.saved = rows.order, saved
         self.dtype = compute_dtype(experts, spec.expert)
         size = (rows.order.numel(), x.shape[1])
         self.drows = torch.empty(size, dtype=self.dtype, device=x.device)
@@ -79,7 +89,7 @@ class _Job:
         flat = self.order[start:stop]
         token = flat // self.weights.shape[1]
         inputs = gather_rows(self.x, self.weights, flat, self.spec, self.dtype)
-        up = self._up(inputs, e)
+        up = [s[start:stop] for s in self.saved] or self._up(inputs, e)
         hidden = activate(up, experts, spec)
         down = experts.down[e].to(self.dtype)
         d_out = self.dy.index_select(0, token)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moe_fx.binding import Experts, Matrices
 from moe_fx.kernels.experts.reference import ALL
-from moe_fx.kernels.experts.rows import activate, compute_dtype, empty_result, finish, gather_rows, inside
+from moe_fx.kernels.experts.rows import SortedRows, activate, empty_result, finish, gather_rows, inside
 from moe_fx.kernels.registry import Cost, experts_kernel
-from moe_fx.reference.experts import normalise
+from moe_fx.reference.experts import compute_dtype, normalise
 from moe_fx.spec import MoESpec
 
 CHUNK = 32  # rows whose weights are copied at a time: bounds the memory
@@ -23,7 +23,7 @@ CHUNK = 32  # rows whose weights are copied at a time: bounds the memory
 
 @experts_kernel(
     "gather_bmm",
-    capability=replace(ALL, forms=frozenset({"stacked", "flat"})),
+    capability=replace(ALL, forms=frozenset({"stacked", "flat"}), backward="recompute"),
     cost=Cost("per_row", lambda E, T, k: 20 + T * k / 4, ((1, 0.007),)),
     rank=40,
 )
@@ -38,7 +38,7 @@ def gather_bmm(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: 
     chunks = zip(flat.split(CHUNK), expert.split(CHUNK), strict=True)
     out = torch.cat([_rows(gather_rows(x, weights, rows, spec, dtype), es, experts, spec) for rows, es in chunks])
     out.masked_fill_(~valid.reshape(-1, 1), 0)
-    return finish(out, flat.view(ids.shape), weights.masked_fill(~valid, 0), spec, x.dtype)
+    return finish(out, SortedRows(flat, [], 0), weights.masked_fill(~valid, 0), spec, x.dtype)
 
 
 def _rows(inputs: Tensor, expert: Tensor, experts: Experts, spec: MoESpec) -> Tensor:

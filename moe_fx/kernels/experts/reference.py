@@ -40,6 +40,7 @@ ANYTHING = Capability(
     compute_dtypes=Open(ALL.compute_dtypes),
     accumulate=Open(ALL.accumulate),
     out_dtypes=Open(ALL.out_dtypes),
+    backward="recompute",
 )
 
 

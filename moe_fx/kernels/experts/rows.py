@@ -5,6 +5,7 @@ A routed row is one (token, slot) pair.  Its flat position is ``token * k + slot
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from moe_fx.reference.experts import dtype_of
 from moe_fx.spec import ExpertSpec, MoESpec
 
 Segment = tuple[int, int, int]  # expert, first sorted row, row after the last
+FEW = 64  # rows that are sorted on the host
 
 
 @dataclass(slots=True)
@@ -52,6 +54,8 @@ class SortedRows:
 def sort_rows(ids: Tensor, experts: int) -> SortedRows:
     """ids [T, k], any integers → rows by expert.  Synchronises with the device once for the counts."""
     flat = ids.reshape(-1)
+    if flat.numel() <= FEW and flat.device.type == "cpu":
+        return _sort_few(flat, experts)
     key = flat.where(inside(flat, experts), experts)
     order = torch.argsort(key, stable=True)
     counts = torch.bincount(key, minlength=experts + 1).tolist()
@@ -63,14 +67,22 @@ def sort_rows(ids: Tensor, experts: int) -> SortedRows:
     return SortedRows(order, segments, start)
 
 
+def _sort_few(flat: Tensor, experts: int) -> SortedRows:
+    """``sort_rows`` on the host: a handful of rows is sorted before six ops are launched."""
+    found = flat.tolist()
+    order = sorted(range(len(found)), key=lambda i: found[i] if 0 <= found[i] < experts else experts)
+    segments: list[Segment] = []
+    used = 0
+    for expert, group in itertools.groupby(order, key=found.__getitem__):
+        if 0 <= expert < experts:
+            start, used = used, used + len(list(group))
+            segments.append((expert, start, used))
+    return SortedRows(torch.tensor(order), segments, used)
+
+
 def inside(ids: Tensor, experts: int) -> Tensor:
     """bool, shape of ids: the id names an expert."""
     return (ids >= 0) & (ids < experts)
-
-
-def compute_dtype(experts: Experts, spec: ExpertSpec) -> torch.dtype:
-    """dtype of the products: as the spec says, else that of the weights."""
-    return dtype_of(spec.compute_dtype, experts.up[0][0].dtype)
 
 
 def gather_rows(x: Tensor, weights: Tensor, flat: Tensor, spec: MoESpec, dtype: torch.dtype) -> Tensor:
@@ -116,11 +128,24 @@ def combine(rows: Tensor, places: Tensor, weights: Tensor | None, accumulate: to
     return F.embedding_bag(places, rows.to(wide), mode="sum", per_sample_weights=weights)
 
 
-def finish(rows: Tensor, places: Tensor, weights: Tensor, spec: MoESpec, dtype: torch.dtype) -> Tensor:
-    """Expert outputs [S, H] → y [T, H] in ``out_dtype``; ``dtype`` is that of x."""
+def finish(out: Tensor, rows: SortedRows, weights: Tensor, spec: MoESpec, dtype: torch.dtype) -> Tensor:
+    """Expert outputs [S, H] in sorted order, weights [T, k] → y [T, H] in ``out_dtype``; ``dtype`` is that of x."""
     on_output = spec.combine.weight_on == "output"
-    y = combine(rows, places, weights if on_output else None, dtype_of(spec.combine.accumulate, dtype))
+    if len(weights) == 1:
+        y = _combine_one(out, weights[0].index_select(0, rows.order) if on_output else None)
+    else:
+        accumulate = dtype_of(spec.combine.accumulate, dtype)
+        y = combine(out, rows.places(weights.shape[1]), weights if on_output else None, accumulate)
     return y.to(dtype_of(spec.combine.out_dtype, dtype))
+
+
+def _combine_one(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """``combine`` for one token: rows [k, H] → [1, H] in float32 or wider."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if weights is not None:
+        wide = torch.promote_types(wide, weights.dtype)
+        rows = rows.to(wide) * weights.to(wide).unsqueeze(1)
+    return rows.sum(0, keepdim=True, dtype=wide)
 
 
 def empty_result(x: Tensor, spec: MoESpec) -> Tensor:

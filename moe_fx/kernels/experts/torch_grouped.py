@@ -37,12 +37,17 @@ CAPABILITY = replace(
     cost=Cost("active", lambda E, T, k: 24, ((1, 0.04), (2, 0.055), (8, 0.17), (32, 0.43), (128, 0.66), (512, 0.7))),
     rank=10,
 )
-def torch_grouped(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:
-    """x [T, H], ids [T, k], weights [T, k], stacked bf16 weights → y [T, H].  Runs below autograd.
+def torch_grouped(
+    x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, keep: list[Tensor] | None = None
+) -> Tensor:
+    """x [T, H], ids [T, k], weights [T, k], stacked bf16 weights → y [T, H]; the up products go to ``keep``.  Runs
+    below autograd.
 
     Raises MoEFxRuntimeError if a weight does not step (on a GPU: start) at multiples of 16 bytes.
     """
     if not ids.numel():
+        if keep is not None:
+            keep += [x.new_empty((0, matrices[0].shape[0]), dtype=torch.bfloat16) for matrices in experts.up]
         return empty_result(x, spec)
     count = spec.expert.experts
     valid = inside(ids, count)
@@ -54,6 +59,8 @@ def torch_grouped(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spe
     up = [_product(inputs, matrices, ends) for matrices in experts.up]
     for result, biases in zip(up, experts.up_bias, strict=False):
         result += _bias_rows(biases, expert, result)
+    if keep is not None:
+        keep += up
     out = _product(activate(up, experts, spec.expert), experts.down, ends)
     if experts.down_bias is not None:
         out += _bias_rows(experts.down_bias, expert, out)
@@ -63,7 +70,7 @@ def torch_grouped(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spe
     if out.is_cuda or not bool(valid.all()):
         out.masked_fill_((key == count).unsqueeze(1), 0)
         weights = weights.masked_fill(~valid, 0)
-    return finish(out, SortedRows(order, [], 0).places(ids.shape[1]), weights, spec, x.dtype)
+    return finish(out, SortedRows(order, [], 0), weights, spec, x.dtype)
 
 
 def _product(inputs: Tensor, matrices: Matrices, ends: Tensor) -> Tensor:
