@@ -6,8 +6,8 @@ granite   Granite-3.0-1B-A400M at its true size (24 layers × 32 experts), one p
 loop      one block that loops over a ModuleList of 128 experts with torch.where (static: Dynamo unrolls it), float32
 
 Prints for each backend the seconds of the first call less those of the third, and for moe_fx its own share: the time
-spent in its stages, from capture to rewrite, as the report gives it.  Cells of one case run in turn, ``--rounds`` times;
-the median is printed.  Meant for a machine that does nothing else.
+spent in its stages, from capture to rewrite, as the report gives it.  The cells of a case run in turn, ``--rounds``
+times; the median is printed.  Meant for a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -62,20 +62,18 @@ class Loop(nn.Module):
         return y
 
 
-def loop() -> Callable[[Callable[..., Any]], Any]:
-    model, x = Loop(), torch.randn(TOKENS, HIDDEN)
-    return lambda compile_: (compile_(model), (x,), {})
+def loop() -> tuple[nn.Module, dict[str, Any]]:
+    return Loop(), {"x": torch.randn(TOKENS, HIDDEN)}
 
 
-def granite() -> Callable[[Callable[..., Any]], Any]:
-    from demo import build_model
+def granite() -> tuple[nn.Module, dict[str, Any]]:
+    from demo import VOCAB, build_model
 
-    model = build_model(24)
-    ids = torch.randint(1, 49155, (1, 64))
-    return lambda compile_: (compile_(model), (), {"input_ids": ids, "use_cache": False, "logits_to_keep": 1})
+    ids = torch.randint(1, VOCAB, (1, TOKENS))
+    return build_model(24), {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
 
 
-CASES = {"granite": granite, "loop": loop}
+CASES: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"granite": granite, "loop": loop}
 
 
 @torch.no_grad()
@@ -83,13 +81,13 @@ def cell(case: str, backend: str) -> dict[str, Any]:
     """One case with one backend in this process: seconds of compilation, and moe_fx's own."""
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`-wrapped function")
     torch.manual_seed(0)
-    prepared = CASES[case]()
-    model, args, kwargs = prepared(lambda m: torch.compile(m, backend=backend, fullgraph=True, dynamic=False))
+    model, kwargs = CASES[case]()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(4))  # the compiler itself, warmed up
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        model(*args, **kwargs)
+        compiled(**kwargs)
         times.append(time.perf_counter() - started)
     result: dict[str, Any] = {"case": case, "backend": backend, "compile_s": times[0] - times[2]}
     if backend == "moe_fx":
@@ -111,6 +109,18 @@ def in_a_process(case: str, backend: str) -> dict[str, Any]:
     return found
 
 
+def show(case: str, rounds: list[dict[str, dict[str, Any]]]) -> None:
+    plain, ours = (statistics.median(r[b]["compile_s"] for r in rounds) for b in BACKENDS)
+    own = statistics.median(r["moe_fx"]["own"]["all"] for r in rounds)
+    last = rounds[-1]["moe_fx"]
+    stages = ", ".join(f"{k} {v:.2f} s" for k, v in last["own"].items())
+    print(f"{case}: Inductor {plain:.1f} s, moe_fx {ours:.1f} s ({plain / ours:.2f} × as fast to compile)")
+    print(
+        f"  {last['fused']} of {last['blocks']} blocks fused; moe_fx itself {own:.2f} s, {own / ours:.1%} of its whole"
+    )
+    print(f"  {stages}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
@@ -125,12 +135,7 @@ def main() -> None:
     for case in args.cases:
         rounds = [{b: in_a_process(case, b) for b in BACKENDS} for _ in range(args.rounds)]
         records += [record for r in rounds for record in r.values()]
-        plain, ours = (statistics.median(r[b]["compile_s"] for r in rounds) for b in BACKENDS)
-        own = statistics.median(r["moe_fx"]["own"]["all"] for r in rounds)
-        last = rounds[-1]["moe_fx"]
-        stages = ", ".join(f"{k} {v:.2f}" for k, v in last["own"].items())
-        print(f"{case}: Inductor {plain:.1f} s, moe_fx {ours:.1f} s ({plain / ours:.2f} × as fast to compile); its own share")
-        print(f"  {own:.2f} s, {own / ours:.1%} of the whole; {last['fused']} of {last['blocks']} blocks fused; s: {stages}")
+        show(case, rounds)
     if args.json:
         machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         Path(args.json).write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")

@@ -89,13 +89,15 @@ def backward_contestants(w13: Tensor, w2: Tensor, spec: MoESpec) -> dict[str, Ru
 
     views = bind(BINDING, [w13, w2], w13.shape[0])
 
-    def train(name: str, frozen: bool) -> Run:
+    def train(name: str, frozen: bool, save: bool = True) -> Run:
         def run(x: Tensor, ids: Tensor, weights: Tensor) -> Any:
-            y = KERNELS[name].forward(x, ids, weights, views, spec)
+            forward: Any = KERNELS[name].forward
+            saved: list[Tensor] = []
+            y = forward(x, ids, weights, views, spec, keep=saved if save else None)
             grads: Experts | None = None
             if not frozen:
                 grads = bind(BINDING, [torch.empty_like(w13), torch.empty_like(w2)], w13.shape[0])
-            return experts_backward(torch.ones_like(y), x, ids, weights, views, spec, grads)
+            return experts_backward(torch.ones_like(y), x, ids, weights, views, spec, grads, saved)
 
         return run
 
@@ -108,6 +110,7 @@ def backward_contestants(w13: Tensor, w2: Tensor, spec: MoESpec) -> dict[str, Ru
 
     return {
         "sorted_loop+backward": train("sorted_loop", False),
+        "sorted_loop+backward, recomputed": train("sorted_loop", False, save=False),
         "sorted_loop+backward, frozen": train("sorted_loop", True),
         "hf_grouped_mm+autograd": transformers,
     }

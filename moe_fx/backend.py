@@ -25,6 +25,7 @@ from moe_fx.hardware import Device, detect
 from moe_fx.kernels import experts as _built_in  # noqa: F401  registers the kernels
 from moe_fx.kernels.registry import KERNELS
 from moe_fx.lowerings.dispatch import Dispatch
+from moe_fx.lowerings.inline import run_inline
 from moe_fx.lowerings.inner import compile_inner
 from moe_fx.options import Options, disabled, resolve
 from moe_fx.oracle import Request, choose
@@ -195,6 +196,7 @@ class _Graph:
             layout=self.options.layout,
             memory=self.options.memory,
             policy=self.options.policy,
+            compiled=self.options.inner_backend == "inductor",
         )
         return choose(proposal.spec, proposal.binding, request, _device(w.device), KERNELS)
 
@@ -202,9 +204,10 @@ class _Graph:
         if self.options.verify == "off":
             return None
 
-        def fused(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], proposal: Proposal) -> Tensor:
-            attrs = (str(proposal.spec), str(proposal.binding), plan.op_string())
-            return torch.ops.moe_fx.experts(x, ids, weights, operands, *attrs)
+        def fused(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], proposal: Proposal) -> list[Tensor]:
+            call = (x, ids, weights, operands, str(proposal.spec), str(proposal.binding), plan.op_string())
+            inline = run_inline(*call)
+            return [torch.ops.moe_fx.experts(*call), *([] if inline is None else [inline])]
 
         return verify(twin, small, bounds, training, fused)
 

@@ -21,6 +21,7 @@ HINTS: dict[str, str] = {
     "verify.run": "the message says what the block needs that samples do not have",
     "verify.memory": 'verify one layer on its own, or pass verify="off" for a model that you have checked',
     "veto.device": "another kernel serves this device; nothing to do unless none does",
+    "veto.compiler": "leave inner_backend at 'inductor'; nothing to do if another kernel serves",
     "veto.dtype": "cast the model to a dtype that the kernel lists",
     "veto.activation": "another kernel serves this activation; nothing to do unless none does",
     "veto.bias": "another kernel serves biases; nothing to do unless none does",

@@ -3,6 +3,8 @@
 ``experts(x, topk_ids, topk_weights, operands, spec, binding, plan) -> y``
     x [T, H] floating; topk_ids [T, k] integer, an id outside [0, E) adds nothing and reads nothing; topk_weights [T, k]
     floating; operands: the model's own tensors in the order of roles that ``binding`` names.  y [T, H].
+``experts_inline(the same) -> y``
+    The same again, for a compiler: ``lowerings.inline`` puts it where the plan's inline kernel stands in the graph.
 ``experts_train(the same) -> (y, saved)``
     What ``experts`` becomes where a gradient is wanted.  saved: the results of the up products [T * k, ·] in order of
     expert, rows of ids outside [0, E) last and undefined; nothing where the plan recomputes them in the backward.
@@ -288,6 +290,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: object) -> tuple[Any, ...]:
 _INPUTS = "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] operands"
 _ATTRS = "str spec, str binding, str plan"
 define("experts", f"({_INPUTS}, {_ATTRS}) -> Tensor", _experts, _experts_fake)
+define("experts_inline", f"({_INPUTS}, {_ATTRS}) -> Tensor", _experts, _experts_fake)
 define("experts_train", f"({_INPUTS}, {_ATTRS}) -> (Tensor, Tensor[])", _train, _train_fake)
 define(
     "experts_backward",
@@ -295,6 +298,7 @@ define(
     _backward,
     _backward_fake,
 )
-define_choice("experts", "experts_train", lambda x, ids, weights, operands, *_: [x, weights, *operands])
+for _name in ("experts", "experts_inline"):
+    define_choice(_name, "experts_train", lambda x, ids, weights, operands, *_: [x, weights, *operands])
 define_derivative("experts_train", _differentiate, _save)
 define_derivative("experts_backward", no_second_derivative)

@@ -4,6 +4,8 @@
     the router of the spec on router_logits [T, E] floating, then the experts on x [T, H].  operands: those of the op
     ``experts``, then those of the router ("router_bias", "expert_scale", [E] each), as ``binding`` names them.
     topk_ids int64 [T, k] and topk_weights [T, k] are for whoever else reads them; gradients flow through the weights.
+``moe_inline(the same) -> (y, topk_ids, topk_weights)``
+    The same again, for a compiler, as ``experts_inline``.
 ``moe_train(the same) -> (y, topk_ids, topk_weights, saved)``
     What ``moe`` becomes where a gradient is wanted; saved: as of ``experts_train``.
 ``moe_backward(grad, grad_weights, x, router_logits, ids, weights, operands, saved, needs, spec, binding, plan)``
@@ -66,7 +68,7 @@ def _check(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding
             raise MoEFxRuntimeError(f"{role} must be [{experts}], got {list(operand.shape)}")
 
 
-def _routed(
+def routed(
     x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str
 ) -> tuple[Tensor, Tensor, list[Tensor], str]:
     """(ids, weights, the operands of the experts, their binding)."""
@@ -78,14 +80,14 @@ def _routed(
 
 
 def _moe(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str) -> Routed:
-    ids, weights, mine, experts_binding = _routed(x, logits, operands, spec, binding)
+    ids, weights, mine, experts_binding = routed(x, logits, operands, spec, binding)
     return torch.ops.moe_fx.experts(x, ids, weights, mine, spec, experts_binding, plan), ids, weights
 
 
 def _train(
     x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    ids, weights, mine, experts_binding = _routed(x, logits, operands, spec, binding)
+    ids, weights, mine, experts_binding = routed(x, logits, operands, spec, binding)
     y, saved = torch.ops.moe_fx.experts_train(x, ids, weights, mine, spec, experts_binding, plan)
     return y, ids, weights, saved
 
@@ -181,6 +183,7 @@ _INPUTS = "Tensor x, Tensor router_logits, Tensor[] operands"
 _KEPT = "Tensor x, Tensor router_logits, Tensor ids, Tensor weights, Tensor[] operands, Tensor[] saved, bool[] needs"
 _ATTRS = "str spec, str binding, str plan"
 ops.define("moe", f"({_INPUTS}, {_ATTRS}) -> (Tensor, Tensor, Tensor)", _moe, _moe_fake)
+ops.define("moe_inline", f"({_INPUTS}, {_ATTRS}) -> (Tensor, Tensor, Tensor)", _moe, _moe_fake)
 ops.define("moe_train", f"({_INPUTS}, {_ATTRS}) -> (Tensor, Tensor, Tensor, Tensor[])", _train, _train_fake)
 ops.define(
     "moe_backward",
@@ -188,6 +191,7 @@ ops.define(
     _backward,
     _backward_fake,
 )
-ops.define_choice("moe", "moe_train", lambda x, logits, operands, *_: [x, logits, *operands])
+for _name in ("moe", "moe_inline"):
+    ops.define_choice(_name, "moe_train", lambda x, logits, operands, *_: [x, logits, *operands])
 ops.define_derivative("moe_train", _differentiate, _save)
 ops.define_derivative("moe_backward", ops.no_second_derivative)

@@ -23,6 +23,12 @@ class Range:
     t_max: int | None
     kernel: str
 
+    def __contains__(self, tokens: int) -> bool:
+        return self.t_min <= tokens and (self.t_max is None or tokens <= self.t_max)
+
+    def __str__(self) -> str:
+        return f"{self.kernel}:{self.t_min}-{'' if self.t_max is None else self.t_max}"
+
     def to_json(self) -> dict[str, Any]:
         return {"t_min": self.t_min, "t_max": self.t_max, "kernel": self.kernel}
 
@@ -53,7 +59,8 @@ class Plan:
     """layout: "view" (the model's own storage), or the name of a packed copy.
 
     backward: "recompute" the activations, or "save" them in the forward.
-    ranges: cover 1 <= T without gap or overlap.  priced_at: the token counts of the verdicts' prices.
+    ranges: cover 1 <= T without gap or overlap.  inline: the kernel that stands in the graph in the place of the op
+    where T is known when the graph is compiled, and in this range.  priced_at: token counts of the verdicts' prices.
     """
 
     layout: str
@@ -61,15 +68,23 @@ class Plan:
     backward: Literal["recompute", "save"] = "recompute"
     priced_at: tuple[int, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+    inline: Range | None = None
+
+    @property
+    def spans(self) -> tuple[Range, ...]:
+        """Every range, the inline one first."""
+        return (*([] if self.inline is None else [self.inline]), *self.ranges)
 
     def kernel_for(self, tokens: int) -> str:
         """Name of the kernel that serves ``tokens`` (0 counts as 1)."""
         tokens = max(tokens, 1)
-        return next(r.kernel for r in self.ranges if r.t_max is None or tokens <= r.t_max)
+        return next(r.kernel for r in self.ranges if tokens in r)
 
     def op_string(self) -> str:
-        ranges = ";".join(f"{r.kernel}:{r.t_min}-{'' if r.t_max is None else r.t_max}" for r in self.ranges)
-        return f"{VERSION} layout={self.layout} ranges={ranges} backward={self.backward}"
+        inline = "" if self.inline is None else f" inline={self.inline}"
+        return (
+            f"{VERSION} layout={self.layout} ranges={';'.join(map(str, self.ranges))} backward={self.backward}{inline}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -77,6 +92,7 @@ class Plan:
             "layout": self.layout,
             "ranges": [r.to_json() for r in self.ranges],
             "backward": self.backward,
+            "inline": None if self.inline is None else self.inline.to_json(),
             "priced_at": list(self.priced_at),
             "verdicts": [v.to_json() for v in self.verdicts],
         }
@@ -96,7 +112,8 @@ class Plan:
             for v in data["verdicts"]
         )
         ranges = tuple(Range(**r) for r in data["ranges"])
-        return Plan(data["layout"], ranges, _backward(data["backward"]), tuple(data["priced_at"]), verdicts)
+        inline = None if data["inline"] is None else Range(**data["inline"])
+        return Plan(data["layout"], ranges, _backward(data["backward"]), tuple(data["priced_at"]), verdicts, inline)
 
 
 def _backward(name: str) -> Literal["recompute", "save"]:
@@ -114,9 +131,12 @@ def parse_plan(text: str) -> Plan:
     if version != VERSION:
         raise ValueError(f"plan version {version!r} cannot be read; this version reads {VERSION!r}")
     values = dict(part.split("=", 1) for part in parts)
-    ranges = []
-    for piece in values["ranges"].split(";"):
-        kernel, _, span = piece.rpartition(":")
-        low, _, high = span.partition("-")
-        ranges.append(Range(int(low), int(high) if high else None, kernel))
-    return Plan(values["layout"], tuple(ranges), _backward(values["backward"]))
+    ranges = tuple(map(_range, values["ranges"].split(";")))
+    inline = _range(values["inline"]) if "inline" in values else None
+    return Plan(values["layout"], ranges, _backward(values["backward"]), inline=inline)
+
+
+def _range(text: str) -> Range:
+    kernel, _, span = text.rpartition(":")
+    low, _, high = span.partition("-")
+    return Range(int(low), int(high) if high else None, kernel)

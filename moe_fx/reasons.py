@@ -52,6 +52,7 @@ CODES: dict[str, str] = {
     "verify.memory": "the block could not be verified within the memory budget",
     # PLAN
     "veto.device": "the kernel does not run on this device",
+    "veto.compiler": "the kernel is written for a compiler that this graph does not go through",
     "veto.dtype": "the kernel does not take this dtype",
     "veto.activation": "the kernel does not implement this activation",
     "veto.bias": "the kernel does not take biases",

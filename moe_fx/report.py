@@ -244,7 +244,7 @@ def _overview(groups: list[list[Site]]) -> RenderableType:
 def _result(site: Site) -> str:
     if not site.fused:
         return "left alone: " + ", ".join(dict.fromkeys(r.code for r in site.rejects))
-    kernels = "/".join(dict.fromkeys(r.kernel for r in site.plan.ranges)) if site.plan else "?"
+    kernels = "/".join(dict.fromkeys(r.kernel for r in site.plan.spans)) if site.plan else "?"
     return f"fused: {kernels}"
 
 
@@ -256,6 +256,8 @@ def _fused_details(number: int, site: Site) -> Iterator[RenderableType]:
     if plan is None:
         return
     kernels = "; ".join(f"{_span(r.t_min, r.t_max)} {r.kernel}" for r in plan.ranges)
+    if plan.inline:
+        kernels += f"; inside a graph compiled for {_span(1, plan.inline.t_max)}: {plan.inline.kernel}"
     yield _text(f"    plan     {kernels}; layout {plan.layout}; backward: {plan.backward} activations")
     if site.replaced:
         yield _text(f"    graph    {site.replaced} nodes → 1")

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"kernels.layouts", "binding", "reasons"},
     "oracle": {"kernels", "spec", "binding", "plan", "reasons", "hardware", "reference"},
     "passes": {"spec", "binding", "reference", "reasons", "ops"},
-    "lowerings": {"kernels", "ops", "plan", "weights", "spec", "binding", "reasons", "reference", "options"},
+    "lowerings": {"kernels", "ops", "ops_moe", "plan", "weights", "spec", "binding", "reasons", "reference", "options"},
 }
 WIRES = {"__init__", "__main__", "backend", "api", "dump"}  # these know every room
 

@@ -209,8 +209,8 @@ def test_a_compiled_training_graph_saves_once() -> None:
     from torch._dynamo.backends.common import aot_autograd
 
     torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    call = torch.compile(lambda x, w: experts(x, ids, w, operands, *attributes), backend=backend, fullgraph=True)
+    aot = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    call = torch.compile(lambda x, w: experts(x, ids, w, operands, *attributes), backend=aot, fullgraph=True)
     call(x, weights).sum().backward()
     names = [[str(n.target) for n in gm.graph.nodes if "moe_fx" in str(n.target)] for gm in graphs]
     assert names == [["moe_fx.experts_train.default"], ["moe_fx.experts_backward.default"]]

@@ -238,7 +238,7 @@ def test_a_kernel_that_can_do_nothing_gives_every_veto() -> None:
     capability = Capability(
         devices=nothing, dtypes=nothing, activations=nothing, forms=nothing, biases=False, norms=nothing,
         weight_on=nothing, act_dtypes=nothing, compute_dtypes=nothing, accumulate=nothing, out_dtypes=nothing,
-        backward="", packages=frozenset({"no_such_package"}), gated=nothing, size_multiple=1 << 20,
+        backward="", compiled=True, packages=frozenset({"no_such_package"}), gated=nothing, size_multiple=1 << 20,
     )  # fmt: skip
     fresh()
     with torch.no_grad():

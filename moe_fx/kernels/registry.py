@@ -29,11 +29,13 @@ class Capability:
 
     dtypes: of the weights as stored; x and the routing weights may have any floating dtype.
     forms: storage forms it reads as they are ("stacked", "list", "flat"; a flat tensor binds as a stacked view).
+    transposed: whether it reads matrices stored as [out, in] (False), [in, out] (True) or either.
     backward: the shared backward of ``kernels/experts/backward.py`` serves it, from up products that the kernel keeps
     ("save") or from new ones ("recompute"); or it is forward only ("").
     packages: names that must be in ``Device.installed``.
     gated: which of gated and ungated experts it takes.
     size_multiple: H and I are multiples of it.
+    compiled: it is written for a compiler, and goes into the graph in the place of the op (``Plan.inline``).
     """
 
     devices: frozenset[str]
@@ -47,10 +49,12 @@ class Capability:
     compute_dtypes: frozenset[str]
     accumulate: frozenset[str]
     out_dtypes: frozenset[str]
+    transposed: frozenset[bool] = frozenset({False, True})
     backward: Literal["save", "recompute", ""] = "save"
     packages: frozenset[str] = frozenset()
     gated: frozenset[bool] = frozenset({True, False})
     size_multiple: int = 1
+    compiled: bool = False
 
 
 def touched(experts: Any, tokens: Any, k: Any) -> Any:
@@ -62,7 +66,8 @@ def touched(experts: Any, tokens: Any, k: Any) -> Any:
 class Cost:
     """What one forward moves and computes, in shares of the ideal.
 
-    weight_traffic: "active" (only experts that tokens reached), "all" experts, or "per_row" (gathered per routed row).
+    weight_traffic: "active" (only experts that tokens reached), "all" experts, "gathered" (read anew for every routed
+    row), or "per_row" (copied for every routed row).
     launches(E, T, k): ops launched, arithmetic in its arguments (the oracle calls it with symbols; ``touched`` counts
     the rounds of a loop over experts that have tokens).  efficiency: share of the device's peak that its products
     reach, by rows of one product (pairs of row count and share, ascending).

@@ -24,6 +24,7 @@ from moe_fx.spec import MoESpec
 GRID = (1, *sorted(m << p for p in range(15) for m in (2, 3)), 65536)  # powers of two and the midpoints between them
 PRICED_AT = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
+INLINE_MOST = 64  # tokens: a graph for one larger number of tokens is not worth a kernel of its own
 REFERENCE = "reference"  # the kernel of last resort
 Key = Callable[[int], tuple[float, int, str]]  # T → what candidates are sorted by: log price (or rank), rank, name
 
@@ -35,8 +36,9 @@ def choose(
 
     ``kernels`` must hold "reference".  Policy "price": the layout with the lowest geometric mean of its best prices
     over GRID (every octave of T counts the same; a view wins ties), then per range the cheapest kernel over that
-    layout, ties by rank.  Policy "priority": the lowest rank alone.  Training saves the up products where all chosen
-    kernels can: less than what the original saves, and a quarter of the forward's work less in the backward.
+    layout, ties by rank.  Policy "priority": the lowest rank alone.  A compiled kernel takes no range: it is
+    ``Plan.inline`` where it is cheaper.  Training saves the up products where all chosen kernels can: less than what
+    the original saves, and a quarter of the forward's work less in the backward.
     Raises MoEFxOptionError for an unknown kernel, MoEFxUnsupportedError for a request that is vetoed.
     """
     if request.kernel is not None and request.kernel not in kernels:
@@ -52,18 +54,21 @@ def choose(
 
     work = workload(spec, request, device)
     price = {kernel.name: seconds(kernel.cost, work) for kernel in ordered}
-    pool = [case for case in survivors if case.kernel.name != REFERENCE] or survivors
+    by_name = {case.kernel.name: case for case in survivors}
+    runtime = [case for case in survivors if not case.kernel.capability.compiled]
+    pool = [case for case in runtime if case.kernel.name != REFERENCE] or runtime or survivors
     keys = {case.candidate: _key(case, price[case.kernel.name], request) for case in pool}
     layout = min(
         dict.fromkeys(case.layout for case in pool),
         key=lambda name: (_score([keys[c.candidate] for c in pool if c.layout == name]), LAYOUTS.index(name)),
     )
     ranges = _ranges({case.kernel.name: keys[case.candidate] for case in pool if case.layout == layout})
+    inline = _inline(survivors, layout, ranges, lambda name: _key(by_name[name], price[name], request))
 
-    chosen = {f"{r.kernel}/{layout}" for r in ranges}
+    chosen = {f"{r.kernel}/{layout}" for r in (*ranges, *([] if inline is None else [inline]))}
     verdicts = tuple(_verdict(case, reasons[case.candidate], price[case.kernel.name], chosen) for case in cases)
     saves = request.training and all(kernels[r.kernel].capability.backward == "save" for r in ranges)
-    return Plan(layout, ranges, "save" if saves else "recompute", PRICED_AT, verdicts)
+    return Plan(layout, ranges, "save" if saves else "recompute", PRICED_AT, verdicts, inline)
 
 
 def _key(case: Case, price: Callable[[int], float], request: Request) -> Key:
@@ -91,6 +96,20 @@ def _ranges(keys: Mapping[str, Key]) -> tuple[Range, ...]:
             starts.append(_crossing(low, high, current, winner))
     ends = [start - 1 for start, _ in starts[1:]]
     return tuple(Range(start, end, name) for (start, name), end in zip(starts, [*ends, None], strict=True))
+
+
+def _inline(cases: Sequence[Case], layout: str, ranges: tuple[Range, ...], key: Callable[[str], Key]) -> Range | None:
+    """The compiled kernel that wins at T = 1 against what runs otherwise, for as long as it wins."""
+    names = [c.kernel.name for c in cases if c.kernel.capability.compiled and c.layout == layout]
+    if not names:
+        return None
+    name = min(names, key=lambda n: key(n)(1))
+    if ranges[0].kernel == name:  # nothing else was allowed
+        return Range(1, None, name)
+    last = 0
+    while last < INLINE_MOST and key(name)(last + 1) < key(next(r.kernel for r in ranges if last + 1 in r))(last + 1):
+        last += 1
+    return Range(1, last, name) if last else None
 
 
 def _before(tokens: int) -> int:

@@ -6,7 +6,8 @@ Sympy expressions in T and the sizes, compiled once per Cost::
     traffic      weights read              rows computed    rows of one product
       active     D experts                 T k              T k / D
       all        E experts                 T E              T            every token through every expert
-      per_row    3 T k experts             T k              1            gathered: read, written, read
+      gathered   T k experts               T k              1            read anew for every row
+      per_row    3 T k experts             T k              1            copied: read, written, read
     bytes      = weights + activations, each written once and read once
     flops      = 2 rows (H N + I H)        N = 2I gated, I not
     time       = max(bytes / bandwidth, flops / (peak * efficiency(rows of one product))) + launches * launch_s
@@ -39,6 +40,7 @@ EXPERT_BYTES = (H * N + INTER * H + BIAS) * W_SIZE
 TRAFFIC: dict[str, tuple[sympy.Expr, sympy.Expr, sympy.Expr]] = {  # experts read, rows, rows of one product
     "active": (TOUCHED, T * K, T * K / TOUCHED),
     "all": (E, T * E, T),
+    "gathered": (T * K, T * K, sympy.Integer(1)),
     "per_row": (3 * T * K, T * K, sympy.Integer(1)),
 }
 

@@ -22,6 +22,7 @@ class Request:
 
     training: gradients of the weights are wanted.  kernel, layout: what the user insists on, None for no wish.
     memory: "view" reads the model's own storage; "copy" and "replace" allow a packed one.
+    compiled: Inductor compiles the graph, so that a kernel may be written into it.
     policy: "price" sorts survivors by predicted time, "priority" by declared rank.
     Raises MoEFxOptionError for a value that is none of these.
     """
@@ -33,6 +34,7 @@ class Request:
     layout: str | None = None
     memory: Memory = "view"
     policy: Policy = "price"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         layouts = (None, *LAYOUTS)

@@ -78,6 +78,18 @@ def _forms(case: Case) -> Reject | None:
     return case.reject("veto.storage", f"weights are stored as {_names(unknown)}; it reads {_names(known)}")
 
 
+def _orientation(case: Case) -> Reject | None:
+    known = case.kernel.capability.transposed
+    stored = {o.transposed for o in case.binding.operands if o.role.startswith("w") and not o.role.endswith("_bias")}
+    stored = stored if case.layout == VIEW else {case.layout == "transposed"}
+    if stored <= known:
+        return None
+    names = {False: "[out, in]", True: "[in, out]"}
+    unknown, listed = (sorted(names[t] for t in some) for some in (stored - known, known))
+    text = f"weights are stored as {' and '.join(unknown)}; it reads {' and '.join(listed)}"
+    return case.reject("veto.storage", text)
+
+
 def _sizes(case: Case) -> Reject | None:
     multiple = case.kernel.capability.size_multiple
     odd = [f"{n}={v}" for n in ("hidden", "intermediate") if (v := getattr(case.spec.expert, n)) % multiple]
@@ -93,6 +105,16 @@ def _training(case: Case) -> Reject | None:
     if not case.request.training or case.kernel.capability.backward:
         return None
     return case.reject("veto.training", "gradients are wanted and it is forward only")
+
+
+def _compiled(case: Case) -> Reject | None:
+    if not case.kernel.capability.compiled:
+        return None
+    if not case.request.compiled:
+        return case.reject("veto.compiler", "it is written for a compiler: only inner_backend='inductor' makes it fast")
+    if case.layout != VIEW:
+        return case.reject("veto.storage", "it becomes part of the graph, which holds the model's own weights")
+    return None
 
 
 def _copy_allowed(case: Case) -> Reject | None:
@@ -142,7 +164,9 @@ RULES: tuple[Rule, ...] = (
     _listed("spec.combine.out_dtype", "out_dtypes", "veto.combine"),
     Rule(("spec.expert.hidden", "spec.expert.intermediate"), _sizes),
     Rule(("binding.form", "binding.role"), _forms),
+    Rule(("binding.transposed", "binding.role"), _orientation),
     Rule(("request.training",), _training),
+    Rule(("request.compiled",), _compiled),
     Rule(("request.memory",), _copy_allowed),
     Rule(("request.training",), _copy_trains),
     Rule(("request.memory", "device.memory_bytes"), _copy_fits),
@@ -156,7 +180,6 @@ IRRELEVANT: dict[str, str] = {
     "spec.expert.experts": "a size: every kernel takes any number of experts",
     "spec.expert.act_params": "numbers for the activation; a kernel that lists an activation takes its parameters",
     "spec.expert.norm_eps": "a number handed to the norm; a kernel that lists a norm takes any",
-    "binding.transposed": "bind() gives every kernel views as [out, in], whatever the strides",
     "binding.order": "bind() tells every kernel the order of gate and up rows",
     "request.dtype": "x may have any floating dtype (Capability.dtypes)",
     "request.weight_dtype": "read as request.weights",

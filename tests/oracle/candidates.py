@@ -103,6 +103,15 @@ KERNELS: dict[str, Kernel] = {
             backward="",
         ),
         described(
+            "inlined",
+            30,
+            Cost("gathered", lambda E, T, k: 3, ((1, 0.3),)),
+            forms=frozenset({"stacked", "flat"}),
+            transposed=frozenset({False}),
+            backward="",
+            compiled=True,
+        ),
+        described(
             "dense",
             60,
             Cost("all", lambda E, T, k: 9, ((1, 0.1), (64, 0.9))),

@@ -27,6 +27,7 @@ REQUESTS: dict[str, Request] = {
     "bf16": Request("bfloat16"),
     "bf16 training": Request("bfloat16", training=True),
     "bf16 copy": Request("bfloat16", memory="copy"),
+    "bf16 compiled": Request("bfloat16", compiled=True),
     "bf16 priority": Request("bfloat16", policy="priority"),
     "fp32": Request("float32"),
     "fp32 training": Request("float32", training=True),

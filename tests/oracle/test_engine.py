@@ -11,7 +11,7 @@ from moe_fx.kernels.registry import Cost
 from moe_fx.oracle import Request, choose
 from moe_fx.oracle.engine import GRID
 from moe_fx.oracle.price import seconds, workload
-from moe_fx.plan import Plan
+from moe_fx.plan import Plan, Range
 from moe_fx.reasons import MoEFxOptionError, MoEFxUnsupportedError
 
 from .candidates import IN_OUT, KERNELS, MODELS, STACKED, described, moe
@@ -133,6 +133,56 @@ def test_priority_takes_the_lowest_rank_whatever_the_price() -> None:
     assert [(r.t_min, r.t_max, r.kernel) for r in chosen.ranges] == [(1, None, "fused_cpu")]
     listed = plan(Request("bfloat16", policy="priority", memory="copy"), binding=MODELS["switch-base-8"][1])
     assert (listed.layout, listed.kernel_for(1)) == ("stacked", "fused_cpu")
+
+
+# --- kernels for a compiler
+
+
+def test_a_compiled_kernel_stands_in_the_graph_while_it_is_cheaper() -> None:
+    kernels = {name: kernel for name, kernel in KERNELS.items() if name != "fused_cpu"}
+    chosen = plan(Request("bfloat16", compiled=True), kernels=kernels)
+    assert chosen.inline is not None
+    assert (chosen.inline.kernel, chosen.inline.t_min) == ("inlined", 1)
+    assert chosen.ranges == plan(Request("bfloat16"), kernels=kernels).ranges
+    last = chosen.inline.t_max
+    assert last is not None
+    spec, _ = MODELS["olmoe-1b-7b"]
+    work = workload(spec, Request("bfloat16", compiled=True), catalogue()["zen5_epyc_2"])
+    price = {name: seconds(kernel.cost, work) for name, kernel in KERNELS.items()}
+    assert price["inlined"](last) < price[chosen.kernel_for(last)](last)
+    assert price["inlined"](last + 1) >= price[chosen.kernel_for(last + 1)](last + 1)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request("bfloat16"),
+        Request("bfloat16", compiled=True, training=True),
+        Request("bfloat16", compiled=True, kernel="loop"),
+    ],
+    ids=["not compiled", "training", "another was asked for"],
+)
+def test_no_compiled_kernel_where(request_: Request) -> None:
+    assert plan(request_).inline is None
+
+
+def test_a_compiled_kernel_that_is_asked_for_serves_every_number_of_tokens() -> None:
+    chosen = plan(Request("bfloat16", compiled=True, kernel="inlined"))
+    assert chosen.inline == Range(1, None, "inlined")
+    with pytest.raises(MoEFxUnsupportedError, match=r"veto.compiler"):
+        plan(Request("bfloat16", kernel="inlined"))
+
+
+def test_training_saves_what_every_kernel_can_save() -> None:
+    assert plan(Request("bfloat16", training=True)).backward == "save"
+    assert plan(Request("bfloat16")).backward == "recompute"
+    recomputing = {
+        name: replace(
+            kernel, capability=replace(kernel.capability, backward=kernel.capability.backward and "recompute")
+        )
+        for name, kernel in KERNELS.items()
+    }
+    assert plan(Request("bfloat16", training=True), kernels=recomputing).backward == "recompute"
 
 
 # --- layout and ranges

@@ -89,5 +89,5 @@ def test_the_compiled_price_is_the_expression() -> None:
 
 
 def test_unknown_traffic_is_an_error() -> None:
-    with pytest.raises(ValueError, match="'some' is not one of active, all, per_row"):
+    with pytest.raises(ValueError, match="'some' is not one of active, all, gathered, per_row"):
         expression(Cost("some", none))

@@ -43,6 +43,7 @@ requests = st.builds(
     weight_dtype=st.sampled_from(["", "bfloat16", "float32"]),
     training=st.booleans(),
     memory=st.sampled_from(["view", "copy", "replace"]),
+    compiled=st.booleans(),
     policy=st.sampled_from(["price", "priority"]),
 )
 bindings = st.sampled_from([STACKED, IN_OUT, binding("w1", "w3", "w2", form="list"), binding("w13", "w2", form="flat")])
@@ -67,7 +68,12 @@ def test_plan(spec: MoESpec, stored: object, request: Request, device: object) -
     # the same question has the same answer, and it replays
     assert choose(spec, stored, request, device, KERNELS) == plan  # type: ignore[arg-type]
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    assert parse_plan(plan.op_string()) == Plan(plan.layout, plan.ranges, plan.backward)
+    assert parse_plan(plan.op_string()) == Plan(plan.layout, plan.ranges, plan.backward, inline=plan.inline)
+    # a compiled kernel serves small T inside the graph of a compiler, and nothing else
+    assert not any(KERNELS[r.kernel].capability.compiled for r in plan.ranges)
+    if plan.inline is not None:
+        assert KERNELS[plan.inline.kernel].capability.compiled
+        assert request.compiled and not request.training and plan.layout == "view" and plan.inline.t_min == 1
     # no copy in training or with memory="view"
     assert plan.layout == "view" or (request.memory != "view" and not request.training)
     # a verdict for each candidate; vetoed ones say why

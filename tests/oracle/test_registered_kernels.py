@@ -59,4 +59,5 @@ def test_every_kernel_can_be_requested_somewhere(name: str) -> None:
     device = next(
         d for d in catalogue().values() if d.kind in kinds and KERNELS[name].capability.packages <= d.installed
     )
-    assert choose(spec, binding, Request("bfloat16", kernel=name), device, KERNELS).kernel_for(5) == name
+    request = Request("bfloat16", kernel=name, compiled=KERNELS[name].capability.compiled)
+    assert choose(spec, binding, request, device, KERNELS).kernel_for(5) == name

@@ -1,6 +1,6 @@
 """The built-in experts kernels, each registered by the decorator in its own file."""
 
-from moe_fx.kernels.experts import gather_bmm, reference, sorted_loop, torch_grouped
+from moe_fx.kernels.experts import gather_bmm, gather_gemv, reference, sorted_loop, torch_grouped
 from moe_fx.kernels.experts.backward import experts_backward
 
-__all__ = ["experts_backward", "gather_bmm", "reference", "sorted_loop", "torch_grouped"]
+__all__ = ["experts_backward", "gather_bmm", "gather_gemv", "reference", "sorted_loop", "torch_grouped"]
