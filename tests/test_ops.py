@@ -179,17 +179,17 @@ def test_frozen_operands_cost_nothing() -> None:
 
 def test_what_is_saved_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward reads the saved products: with other weights its activations are still those of the forward."""
-    from moe_fx.kernels.experts.backward import _Job
+    from moe_fx.kernels.experts import backward as module
 
     found = {}
     for backward in ("save", "recompute"):
         case = Case("saved", backward=backward)
         x, ids, weights, operands, *attributes = case.inputs()
         again: list[int] = []
-        original = _Job._up
-        monkeypatch.setattr(_Job, "_up", lambda *args, f=original, n=again: n.append(1) or f(*args))
+        original = module.up_products
+        monkeypatch.setattr(module, "up_products", lambda *args, f=original, n=again: n.append(1) or f(*args))
         experts(x, ids, weights, operands, *attributes).square().sum().backward()
-        monkeypatch.setattr(_Job, "_up", original)
+        monkeypatch.setattr(module, "up_products", original)
         assert bool(again) == (backward == "recompute")
         found[backward] = [x.grad, weights.grad, *(o.grad for o in operands)]
     for kept, new in zip(found["save"], found["recompute"], strict=True):

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from moe_fx.binding import Experts, join_gate_up
 from moe_fx.kernels.experts.rows import (
+    CHUNK,
+    Segment,
     SortedRows,
     activate,
     combine,
+    down_products,
     gate_and_up,
     gather_rows,
     inside,
+    products,
     sort_rows,
+    up_products,
 )
 from moe_fx.reference.activations import activation
 from moe_fx.reference.experts import compute_dtype, norm_backward, normalise
@@ -48,8 +53,8 @@ def experts_backward(
     if not rows.used:
         return torch.zeros_like(x), torch.zeros_like(weights)
     job = _Job(dy, x, weights, experts, spec, grads, rows, saved)
-    for expert, start, stop in rows.segments:
-        job.expert(expert, start, stop)
+    for chunk in rows.chunks(CHUNK):
+        job.chunk(chunk)
     if rows.used < ids.numel():
         job.drows[rows.used :].zero_()
         job.dweights[rows.used :].zero_()
@@ -83,56 +88,57 @@ class _Job:
         wide = torch.promote_types(torch.promote_types(self.dtype, weights.dtype), torch.float32)
         self.dweights = torch.empty(size[0], dtype=wide, device=x.device)
 
-    def expert(self, e: int, start: int, stop: int) -> None:
-        """Rows start … stop of expert ``e``: their gradients, and the gradients of its weights."""
-        spec, experts, wide = self.spec.expert, self.experts, self.dweights.dtype
-        flat = self.order[start:stop]
+    def chunk(self, chunk: list[Segment]) -> None:
+        """The rows of some experts: their gradients, and the gradients of those experts' weights."""
+        spec, experts = self.spec.expert, self.experts
+        first, last = chunk[0][1], chunk[-1][2]
+        flat = self.order[first:last]
         token = flat // self.weights.shape[1]
         inputs = gather_rows(self.x, self.weights, flat, self.spec, self.dtype)
-        up = [s[start:stop] for s in self.saved] or self._up(inputs, e)
+        up = [s[first:last] for s in self.saved] or up_products(inputs, experts, chunk)
         hidden = activate(up, experts, spec)
-        down = experts.down[e].to(self.dtype)
         d_out = self.dy.index_select(0, token)
-        on_input = self.spec.combine.weight_on == "input"
         w = self.weights.reshape(-1).index_select(0, flat).unsqueeze(1)
+        on_input = self.spec.combine.weight_on == "input"
         if on_input or spec.norm:
             if spec.norm:
-                d_out = self._norm(hidden @ down.t(), d_out, w, e, start, stop)
+                d_out = self._norm(down_products(hidden, experts, chunk), d_out, w, first, last)
             d_out = d_out.to(self.dtype)
-            dhidden = d_out @ down
+            dhidden = products(d_out, experts.down, chunk, back=True)
         else:
-            dhidden = d_out.to(self.dtype) @ down
-            dw = (dhidden.to(wide) * hidden).sum(-1)
-            if experts.down_bias is not None:
-                dw += (d_out.to(wide) * experts.down_bias[e].to(self.dtype)).sum(-1)
-            self.dweights[start:stop] = dw
+            dhidden = products(d_out.to(self.dtype), experts.down, chunk, back=True)
+            self._routing(d_out, dhidden, hidden, chunk)
             d_out = (d_out * w).to(self.dtype)
             dhidden = (dhidden * w).to(self.dtype)
         dups = self._activation(up, dhidden)
         if self.grads is not None:
-            self._write(self.grads, e, d_out, hidden, dups, inputs)
-        drows = self.drows[start:stop]
-        torch.mm(dups[0], experts.up[0][e].to(self.dtype), out=drows)
+            for e, start, stop in chunk:
+                part = slice(start - first, stop - first)
+                self._write(self.grads, e, d_out[part], hidden[part], [d[part] for d in dups], inputs[part])
+        drows = products(dups[0], experts.up[0], chunk, self.drows[first:last], back=True)
         if len(dups) == 2:
-            drows.addmm_(dups[1], experts.up[1][e].to(self.dtype))
+            drows += products(dups[1], experts.up[1], chunk, back=True)
         if on_input:
-            self.dweights[start:stop] = (drows.to(wide) * self.x.index_select(0, token)).sum(-1)
+            self.dweights[first:last] = (drows.to(self.dweights.dtype) * self.x.index_select(0, token)).sum(-1)
 
-    def _up(self, inputs: Tensor, e: int) -> list[Tensor]:
-        up = [inputs @ matrices[e].to(self.dtype).t() for matrices in self.experts.up]
-        for result, biases in zip(up, self.experts.up_bias, strict=False):
-            result += biases[e].to(self.dtype)
-        return up
+    def _routing(self, d_out: Tensor, dhidden: Tensor, hidden: Tensor, chunk: list[Segment]) -> None:
+        """dweights between the projections, before the routing weight enters."""
+        wide = self.dweights.dtype
+        first, last = chunk[0][1], chunk[-1][2]
+        dw = (dhidden.to(wide) * hidden).sum(-1)
+        if self.experts.down_bias is not None:
+            for e, start, stop in chunk:
+                part = slice(start - first, stop - first)
+                dw[part] += (d_out[part].to(wide) * self.experts.down_bias[e].to(self.dtype)).sum(-1)
+        self.dweights[first:last] = dw
 
-    def _norm(self, out: Tensor, d_out: Tensor, w: Tensor, e: int, start: int, stop: int) -> Tensor:
+    def _norm(self, out: Tensor, d_out: Tensor, w: Tensor, first: int, last: int) -> Tensor:
         """Through the routing weight (where it is on the output) and the norm: gradient of the down projection."""
         spec, experts = self.spec.expert, self.experts
         assert experts.norm is not None
-        if experts.down_bias is not None:
-            out += experts.down_bias[e].to(self.dtype)
         if self.spec.combine.weight_on == "output":
             normed = normalise(out, experts.norm, spec)
-            self.dweights[start:stop] = (d_out.to(self.dweights.dtype) * normed).sum(-1)
+            self.dweights[first:last] = (d_out.to(self.dweights.dtype) * normed).sum(-1)
             d_out = d_out * w
         d_out, dnorm = norm_backward(d_out.to(self.dtype), out, experts.norm, spec)
         if self.grads is not None:

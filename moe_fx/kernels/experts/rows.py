@@ -6,20 +6,21 @@ A routed row is one (token, slot) pair.  Its flat position is ``token * k + slot
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fx.binding import Experts, split_gate_up
+from moe_fx.binding import Experts, Matrices, split_gate_up
 from moe_fx.reference.activations import activation
 from moe_fx.reference.experts import dtype_of
 from moe_fx.spec import ExpertSpec, MoESpec
 
 Segment = tuple[int, int, int]  # expert, first sorted row, row after the last
 FEW = 64  # rows that are sorted on the host
+CHUNK = 256  # rows that share one activation call: few calls at small T, inside the L2 cache at large T
 
 
 @dataclass(slots=True)
@@ -91,6 +92,52 @@ def gather_rows(x: Tensor, weights: Tensor, flat: Tensor, spec: MoESpec, dtype: 
     if spec.combine.weight_on == "input":
         rows = rows * weights.reshape(-1).index_select(0, flat).unsqueeze(1)
     return rows.to(dtype)
+
+
+def products(
+    inputs: Tensor, matrices: Matrices, chunk: list[Segment], out: Tensor | None = None, back: bool = False
+) -> Tensor:
+    """inputs [n, in] of the chunk's rows times each row's own matrix [out, in] → [n, out], in the dtype of inputs.
+
+    back: times the matrix from the other side, [n, out] → [n, in].  Matrices are read where they lie.
+    """
+    if out is None:
+        out = inputs.new_empty((inputs.shape[0], matrices[0].shape[1 if back else 0]))
+    sizes = [stop - start for _, start, stop in chunk]
+    if isinstance(matrices, Tensor):
+        whole = matrices if back else matrices.transpose(1, 2)
+        chosen = [whole.select(0, expert) for expert, _, _ in chunk]
+    else:
+        chosen = [matrices[expert] if back else matrices[expert].t() for expert, _, _ in chunk]
+    cast = chosen[0].dtype != inputs.dtype
+    for rows, matrix, result in zip(inputs.split(sizes), chosen, out.split(sizes), strict=True):
+        torch.mm(rows, matrix.to(inputs.dtype) if cast else matrix, out=result)
+    return out
+
+
+def up_products(
+    inputs: Tensor, experts: Experts, chunk: list[Segment], out: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """inputs [n, H] of the chunk's rows → the results of the up products with their biases, in ``out`` if given."""
+    places = out or [None] * len(experts.up)
+    up = [products(inputs, matrices, chunk, place) for matrices, place in zip(experts.up, places, strict=True)]
+    for result, biases in zip(up, experts.up_bias, strict=False):
+        _add_biases(result, biases, chunk)
+    return up
+
+
+def down_products(hidden: Tensor, experts: Experts, chunk: list[Segment], out: Tensor | None = None) -> Tensor:
+    """hidden [n, I] of the chunk's rows → the results of the down products with their biases [n, H]."""
+    result = products(hidden, experts.down, chunk, out)
+    if experts.down_bias is not None:
+        _add_biases(result, experts.down_bias, chunk)
+    return result
+
+
+def _add_biases(rows: Tensor, biases: Matrices, chunk: list[Segment]) -> None:
+    sizes = [stop - start for _, start, stop in chunk]
+    for (expert, _, _), part in zip(chunk, rows.split(sizes), strict=True):
+        part.add_(biases[expert].to(rows.dtype))
 
 
 def gate_and_up(up: list[Tensor], experts: Experts, spec: ExpertSpec) -> tuple[Tensor, Tensor | None]:
