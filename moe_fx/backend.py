@@ -41,7 +41,14 @@ from moe_fx.passes.sampling import IdRange, Sampler, id_range
 from moe_fx.passes.shrink import Twin, shrink
 from moe_fx.passes.verify import verify
 from moe_fx.plan import Plan
-from moe_fx.reasons import MoEFxInternalError, MoEFxOptionError, MoEFxUnsupportedError, MoEFxWarning, Reject
+from moe_fx.reasons import (
+    MoEFxInternalError,
+    MoEFxOptionError,
+    MoEFxUnsupportedError,
+    MoEFxWarning,
+    Reject,
+    out_of_memory,
+)
 from moe_fx.report import RECORDER, Report, Site
 
 ops.install(Dispatch())
@@ -68,7 +75,7 @@ def moe_fx(
     return compile_inner(gm, example_inputs, settings)
 
 
-hooks.install(moe_fx, lambda: not disabled())
+_UNAVAILABLE = hooks.install(moe_fx, lambda: not disabled())  # what this torch lacks; "" when all is there
 
 
 def _warn_if_nothing_matched(report: Report) -> None:
@@ -121,7 +128,8 @@ class _Graph:
         sites: list[Site] = []
         accepted: list[tuple[Graph, Region, Proposal, Plan, int]] = []
         with self._stage("capture") as failed:
-            sites += [self._left(None, fqn, rejects) for fqn, rejects in hooks.drain()]
+            notes, self.seconds["capture"] = hooks.drain()
+            sites += [self._left(None, fqn, rejects) for fqn, rejects in notes]
         with self._stage("find", failed):
             for graph, weights, buffers in graph_parts(self.gm, self.inputs):
                 found = find_regions(graph, weights)
@@ -135,6 +143,8 @@ class _Graph:
                     proposal = replace(verdict.proposal, operands=tuple(region.inputs[i] for i in verdict.operands))
                     sites.append(self._fused(region, proposal, verdict.plan))
                     accepted.append((graph, region, proposal, verdict.plan, len(sites) - 1))
+        if _UNAVAILABLE and not accepted:
+            failed.append(Reject("capture.unavailable", f"no loop could be made traceable: {_UNAVAILABLE}"))
         if failed:
             sites.append(self._left(None, "", tuple(failed)))
         self._rewrite(accepted, sites)
@@ -267,24 +277,29 @@ class _Graph:
 
     @contextmanager
     def _stage(self, name: str, failed: list[Reject] | None = None) -> Iterator[list[Reject]]:
-        """Times a stage; turns a failure of ours into a Reject in the yielded list and a warning, or raises if strict.
+        """Times a stage without the stages inside it; turns a failure of ours into a Reject in the yielded list and a
+        warning, or raises if strict.
 
         Everything is caught because an exception of FakeTensor that leaves a backend is a silent graph break.
         """
         failed = [] if failed is None else failed
-        started = time.perf_counter()
+        started, inside = time.perf_counter(), sum(self.seconds.values())
         try:
             yield failed
         except (MoEFxOptionError, MoEFxUnsupportedError, MoEFxInternalError):
             raise  # what was asked for cannot be had
         except Exception as error:
             text = f"{name}: {type(error).__name__}: {error}"
+            if name in ("match", "verify") and out_of_memory(error):
+                failed.append(Reject("verify.memory", text.splitlines()[0], name))
+                return
             if self.options.strict:
                 raise MoEFxInternalError(f"moe_fx failed in stage {text}") from error
             failed.append(Reject("internal", text, name))
             warnings.warn(f"moe_fx left a block as it was; stage {text}", MoEFxWarning, stacklevel=2)
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            inside = sum(self.seconds.values()) - inside
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
 
 
 _DEVICES: dict[str, Device] = {}

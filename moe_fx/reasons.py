@@ -29,6 +29,12 @@ class Reject:
         return asdict(self)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a device."""
+    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_type or "can't allocate memory" in str(error)
+
+
 CODES: dict[str, str] = {
     # FIND
     "find.no_experts": "experts are chosen, but no matrices that come E at a time depend on the choice",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,10 @@ def decline(fqn: str, reason: Reject) -> None:
     notes[fqn] = (reason,)
 
 
-def drain() -> list[tuple[str, tuple[Reject, ...]]]:
-    """The notes since the last graph, by module name."""
-    return list(_declined.__dict__.pop("notes", {}).items())
+def drain() -> tuple[list[tuple[str, tuple[Reject, ...]]], float]:
+    """The notes since the last graph, by module name, and the seconds that substitutes took."""
+    state = _declined.__dict__
+    return list(state.pop("notes", {}).items()), state.pop("seconds", 0.0)
 
 
 def available() -> str:
@@ -70,9 +72,12 @@ def install(backend: Any, active: Callable[[], bool] = lambda: True) -> str:
     @functools.wraps(_original.__func__)
     def inline_call(cls: Any, parent: Any, func: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if not kwargs and compiles_for(parent, backend) and active():
-            for offer in _SUBSTITUTES:
-                if (result := offer(parent, func, list(args))) is not None:
-                    return result
+            started = time.perf_counter()
+            results = (offer(parent, func, list(args)) for offer in _SUBSTITUTES)
+            result = next((r for r in results if r is not None), None)
+            _declined.seconds = getattr(_declined, "seconds", 0.0) + time.perf_counter() - started
+            if result is not None:
+                return result
         return _original.__func__(cls, parent, func, args, kwargs, *rest, **more)
 
     setattr(InliningInstructionTranslator, "inline_call", classmethod(inline_call))  # noqa: B010  mypy: a method
