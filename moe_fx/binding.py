@@ -109,7 +109,7 @@ def bind(binding: WeightBinding, operands: list[Tensor], experts: int) -> Expert
         count = experts if operand.form == "list" and operand.role != "norm" else 1
         tensors = operands[position : position + count]
         position += count
-        found[operand.role] = _uniform(operand, tensors, experts)
+        found[operand.role] = uniform(operand, tensors, experts)
     if position != len(operands):
         raise ValueError(f"{len(operands)} operands for a binding of {position}: {binding}")
     up_roles = ("w13",) if "w13" in found else ("w1", "w3") if "w3" in found else ("w1",)
@@ -126,7 +126,8 @@ def bind(binding: WeightBinding, operands: list[Tensor], experts: int) -> Expert
     )
 
 
-def _uniform(operand: Operand, tensors: list[Tensor], experts: int) -> Matrices:
+def uniform(operand: Operand, tensors: list[Tensor], experts: int) -> Matrices:
+    """The tensors of one role as ``Experts`` holds them: views, matrices as [out, in]."""
     if operand.role == "norm" or operand.role in ROUTER_ROLES:
         return tensors[0]
     if operand.role.endswith("_bias"):

@@ -26,12 +26,12 @@ def fingerprint(region: Region, *context: object) -> str:
     storages: dict[int, int] = {}
     for i, node in enumerate(region.inputs):
         names[node] = f"i{i}"
-        lines.append(f"i{i} {_describe(value(node), symbols, storages)}")
+        lines.append(f"i{i} {describe_value(value(node), symbols, storages)}")
     for i, node in enumerate(region.nodes):
         names[node] = f"n{i}"
-        args = _text((node.args, node.kwargs), names, symbols)
+        args = text_of((node.args, node.kwargs), names, symbols)
         lines.append(f"n{i} {node.op} {target_name(node)} {getattr(node.target, '__module__', '')} {args}")
-        lines.append(_describe(value(node), symbols, {}))
+        lines.append(describe_value(value(node), symbols, {}))
     lines.append(repr(region.mode))
     roles = (region.x, region.ids, region.weights, region.out, region.end, region.scores)
     routing = ["-" if n is None else names[n] for n in roles]
@@ -39,28 +39,31 @@ def fingerprint(region: Region, *context: object) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]
 
 
-def _describe(found: object, symbols: dict[str, str], storages: dict[int, int]) -> str:
+def describe_value(found: object, symbols: dict[str, str], storages: dict[int, int]) -> str:
+    """All that a value means to a region: shape, strides, dtype, device, alias.  ``symbols`` and ``storages`` number
+    what they meet in order of appearance."""
     if not isinstance(found, Tensor):
-        return _text(found, {}, symbols)
+        return text_of(found, {}, symbols)
     try:
         storage = found.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # a wrapper tensor without a storage of its own
         storage = id(found)
     alias = storages.setdefault(storage, len(storages))
-    shape = _text(list(found.shape), {}, symbols)
-    stride = _text(list(found.stride()), {}, symbols)
+    shape = text_of(list(found.shape), {}, symbols)
+    stride = text_of(list(found.stride()), {}, symbols)
     return f"{shape} {stride} {found.dtype} {found.device} {found.requires_grad} {type(found).__name__} @{alias}"
 
 
-def _text(tree: Any, names: dict[Node, str], symbols: dict[str, str]) -> str:
+def text_of(tree: Any, names: dict[Node, str], symbols: dict[str, str]) -> str:
+    """An argument tree with nodes by ``names`` and symbols by order of appearance."""
     if isinstance(tree, Node):
         return names[tree]
     if isinstance(tree, (tuple, list)):
-        return "[" + ",".join(_text(t, names, symbols) for t in tree) + "]"
+        return "[" + ",".join(text_of(t, names, symbols) for t in tree) + "]"
     if isinstance(tree, dict):
-        return "{" + ",".join(f"{k}:{_text(v, names, symbols)}" for k, v in sorted(tree.items())) + "}"
+        return "{" + ",".join(f"{k}:{text_of(v, names, symbols)}" for k, v in sorted(tree.items())) + "}"
     if isinstance(tree, slice):
-        return "slice" + _text((tree.start, tree.stop, tree.step), names, symbols)
+        return "slice" + text_of((tree.start, tree.stop, tree.step), names, symbols)
     if isinstance(tree, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         expr = tree.node.expr
         renamed = {s: symbols.setdefault(str(s), f"s{len(symbols)}") for s in sorted(expr.free_symbols, key=str)}

@@ -27,7 +27,7 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
             graph.erase_node(node)
         raise
     late = {region.out, *region.aliases}
-    after = set(_following(new))
+    after = set(following(new))
     for node in late:
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user in after)
     for node in reversed(region.nodes):
@@ -42,16 +42,16 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
 def _insert(graph: Graph, region: Region, proposal: Proposal, plan: str) -> tuple[Node, Node]:
     """(the fused op, its result in the shape of the value it replaces)."""
     with graph.inserting_before(region.end.next):
-        x = _flat(graph, region.x, region.hidden)
-        ids = _flat(graph, region.ids, region.top_k)
+        x = flattened(graph, region.x, region.hidden)
+        ids = flattened(graph, region.ids, region.top_k)
         if region.scores is not None:
             weights = _gather(graph, region, ids)
         elif region.weights is None:
-            weights = _call(graph, "call_function", torch.ones_like, (ids,), {"dtype": fake(region.x).dtype})
+            weights = insert_call(graph, "call_function", torch.ones_like, (ids,), {"dtype": fake(region.x).dtype})
         else:
-            weights = _flat(graph, region.weights, region.top_k)
+            weights = flattened(graph, region.weights, region.top_k)
         args = (x, ids, weights, list(proposal.operands), str(proposal.spec), str(proposal.binding), plan)
-        y = _call(graph, "call_function", torch.ops.moe_fx.experts.default, args)
+        y = insert_call(graph, "call_function", torch.ops.moe_fx.experts.default, args)
         y.meta["stack_trace"] = region.out.meta.get("stack_trace", "")
         y.meta["nn_module_stack"] = region.out.meta.get("nn_module_stack", {})
         new = _like(graph, y, region)
@@ -64,23 +64,24 @@ def _gather(graph: Graph, region: Region, ids: Node) -> Node:
     assert scores is not None
     by_token = same(fake(scores).shape[1], region.down.sizes[0])
     if not by_token:
-        scores = _call(graph, "call_method", "transpose", (scores, 0, 1))
-    return _call(graph, "call_method", "gather", (scores, 1, _call(graph, "call_method", "long", (ids,))))
+        scores = insert_call(graph, "call_method", "transpose", (scores, 0, 1))
+    return insert_call(graph, "call_method", "gather", (scores, 1, insert_call(graph, "call_method", "long", (ids,))))
 
 
-def _following(node: Node) -> list[Node]:
+def following(node: Node) -> list[Node]:
+    """The nodes after ``node``, in order."""
     found = []
     while (node := node.next).op != "root":
         found.append(node)
     return found
 
 
-def _flat(graph: Graph, node: Node, last: int) -> Node:
+def flattened(graph: Graph, node: Node, last: int) -> Node:
     """The node as [-1, last]."""
     t = fake(node)
     if t.ndim == 2 and same(t.shape[1], last):
         return node
-    return _call(graph, "call_method", "reshape", (node, (-1, last)))
+    return insert_call(graph, "call_method", "reshape", (node, (-1, last)))
 
 
 def _like(graph: Graph, y: Node, region: Region) -> Node:
@@ -89,9 +90,9 @@ def _like(graph: Graph, y: Node, region: Region) -> Node:
     if out.ndim == 2:
         return y
     if len(out.shape) == len(x.shape) and all(same(a, b) for a, b in zip(out.shape, x.shape, strict=True)):
-        size = _call(graph, "call_method", "size", (region.x,))
-        return _call(graph, "call_method", "reshape", (y, size))
-    return _call(graph, "call_method", "reshape", (y, tuple(_size(graph, region, s) for s in out.shape)))
+        size = insert_call(graph, "call_method", "size", (region.x,))
+        return insert_call(graph, "call_method", "reshape", (y, size))
+    return insert_call(graph, "call_method", "reshape", (y, tuple(_size(graph, region, s) for s in out.shape)))
 
 
 def _size(graph: Graph, region: Region, size: object) -> Any:
@@ -101,11 +102,13 @@ def _size(graph: Graph, region: Region, size: object) -> Any:
     x = fake(region.x)
     for dim, other in enumerate(x.shape):
         if same(size, other):
-            return _call(graph, "call_method", "size", (region.x, dim))
+            return insert_call(graph, "call_method", "size", (region.x, dim))
     return -1
 
 
-def _call(graph: Graph, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+def insert_call(
+    graph: Graph, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Node:
     """A node with its fake value, as Dynamo would have made it."""
     node = graph.create_node(op, target, args, kwargs or {})
     fakes = torch.fx.node.map_arg((args, kwargs or {}), lambda n: n.meta.get("example_value", n.meta.get("val")))

@@ -59,13 +59,15 @@ class Sampler:
         self.each = sum(fake(n).numel() for n in region.weight_nodes) * 8 // self.experts  # bytes of one in float64
         self.large = self.each > _LARGE
         self._weights: dict[tuple[torch.dtype | None, int | None], tuple[list[int], dict[Node, Tensor]]] = {}
-        self.symbols = sorted({s for node in region.inputs for size in _sizes(node) for s in _free(size)}, key=str)
+        self.symbols = sorted(
+            {s for node in region.inputs for size in sizes_of(node) for s in free_symbols(size)}, key=str
+        )
 
     def token_counts(self) -> list[int]:
         """T to sample: one, odd, and more than E and than the small numbers in the block (capacities) where memory
         allows; the captured T where it is fixed."""
         size = numel(self.region.x)
-        if not _free(size):
+        if not free_symbols(size):
             return [int(size) // self.region.hidden]  # type: ignore[call-overload]
         beyond = [int(c) + 1 for c in constants(self.region.nodes) if c < _MOST_TOKENS]
         return [t for t in (5, 1, max([min(self.experts + 1, 65), *beyond])) if self._affordable(t)]
@@ -119,9 +121,9 @@ class Sampler:
         for node in region.inputs:
             found = value(node)
             if not isinstance(found, Tensor):
-                values[node] = _evaluate(found, assignment)
+                values[node] = evaluate(found, assignment)
                 continue
-            shape = [_evaluate(s, assignment) for s in found.shape]
+            shape = [evaluate(s, assignment) for s in found.shape]
             kind = found.dtype if dtype is None or not found.is_floating_point() else dtype
             if node is region.ids:
                 values[node] = ids.reshape(shape).to(kind)
@@ -237,21 +239,21 @@ class Sampler:
         """(tokens or a count near it that the shapes allow, values of the symbols that give it): of several symbols
         that the number of tokens depends on, all are 2 but one; for one token, and where that does not fit, 1."""
         size = numel(self.region.x)
-        free = [s for s in self.symbols if s in _free(size)]
+        free = [s for s in self.symbols if s in free_symbols(size)]
         if not free:
             return tokens, dict.fromkeys(self.symbols, tokens)
         if len(free) > 1 and tokens > 1:
             for symbol in reversed(free):
                 long = max(3, tokens // 2 ** (len(free) - 1))
                 assignment = {s: long if s is symbol or s not in free else 2 for s in self.symbols}
-                elements = int(_evaluate(size, assignment))
+                elements = int(evaluate(size, assignment))
                 if elements > 0 and elements % self.region.hidden == 0 and elements // self.region.hidden <= 2 * tokens:
                     return elements // self.region.hidden, assignment
         found: list[tuple[int, dict[Any, int]]] = []
         for symbol in reversed(free):
             for size_of in range(1, tokens + 17):
                 assignment = {s: size_of if s is symbol or s not in free else 1 for s in self.symbols}
-                count, rest = divmod(int(_evaluate(size, assignment)), self.region.hidden)
+                count, rest = divmod(int(evaluate(size, assignment)), self.region.hidden)
                 if count >= tokens and not rest:
                     found.append((count, assignment))
                     break
@@ -357,20 +359,23 @@ def _last_index(node: Node) -> float:
     return float(size - 1) if isinstance(size, int) else math.inf
 
 
-def _free(size: object) -> set[Any]:
+def free_symbols(size: object) -> set[Any]:
+    """The symbols in a symbolic number; none in a plain one."""
     return set(size.node.expr.free_symbols) if isinstance(size, (torch.SymInt, torch.SymFloat)) else set()
 
 
-def _sizes(node: Node) -> list[object]:
+def sizes_of(node: Node) -> list[object]:
+    """Every number, symbolic or not, in the value of a node."""
     found = value(node)
     if isinstance(found, Tensor):
         return list(found.shape)
     return list(found) if isinstance(found, (tuple, list)) else [found]
 
 
-def _evaluate(size: Any, assignment: dict[Any, int]) -> Any:
+def evaluate(size: Any, assignment: dict[Any, int]) -> Any:
+    """A number, or numbers, with every symbol replaced by its value in ``assignment``."""
     if isinstance(size, (tuple, list)):
-        return type(size)(_evaluate(s, assignment) for s in size)
+        return type(size)(evaluate(s, assignment) for s in size)
     if not isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size
     found = size.node.expr.subs(assignment)

@@ -95,7 +95,7 @@ def _one_sequence_only(patch: pytest.MonkeyPatch) -> None:
 
     def assignment(self: Any, tokens: int) -> tuple[int, dict[Any, int]]:
         """One symbol holds all tokens."""
-        free = [s for s in self.symbols if s in sampling._free(sampling.numel(self.region.x))]
+        free = [s for s in self.symbols if s in sampling.free_symbols(sampling.numel(self.region.x))]
         if not free:
             return original(self, tokens)
         return tokens, {s: tokens if s is free[-1] or s not in free else 1 for s in self.symbols}
@@ -152,9 +152,9 @@ def _leaky(slope: float) -> nn.Module:
 def test_constants_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _first_and_second(_leaky(0.01), _leaky(0.3))
     moe_fx.reset()
-    original = fingerprint._text
+    original = fingerprint.text_of
     monkeypatch.setattr(
-        fingerprint, "_text", lambda tree, *rest: "f" if isinstance(tree, float) else original(tree, *rest)
+        fingerprint, "text_of", lambda tree, *rest: "f" if isinstance(tree, float) else original(tree, *rest)
     )
     assert _first_and_second(_leaky(0.01), _leaky(0.3))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_fx.binding import Operand, WeightBinding, _uniform
+from moe_fx.binding import Operand, WeightBinding, uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +40,18 @@ class Layout:
         """
         if len({(t.dtype, t.device) for t in tensors}) != 1:
             raise ValueError(f"the {len(tensors)} tensors of {operand} differ in dtype or device")
-        source, target = _uniform(operand, tensors, experts), self.target(operand)
+        source, target = uniform(operand, tensors, experts), self.target(operand)
         if out is None:
             first, shape = source[0], list(source[0].shape)
             out = first.new_empty([experts, *(reversed(shape) if target.transposed else shape)])
-        packed = _uniform(target, [out], experts)
+        packed = uniform(target, [out], experts)
         for e in range(experts):
             packed[e].copy_(source[e])
         return out
 
     def unpack(self, operand: Operand, packed: Tensor, experts: int) -> list[Tensor]:
         """Inverse of ``pack``: the shapes and values of the model's tensors, views of the copy where strides allow."""
-        whole = _uniform(self.target(operand), [packed], experts)
+        whole = uniform(self.target(operand), [packed], experts)
         assert isinstance(whole, Tensor)
         whole = whole.transpose(-2, -1) if operand.transposed and whole.dim() == 3 else whole
         if operand.form == "list":

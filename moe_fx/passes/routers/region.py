@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.passes.banks import PRODUCTS
 from moe_fx.passes.dataflow import Dataflow, Mode, fake, target_name, tensor, tensors
-from moe_fx.passes.fingerprint import _describe, _text
+from moe_fx.passes.fingerprint import describe_value, text_of
 from moe_fx.passes.regions import same
 from moe_fx.reasons import Reject
 from moe_fx.spec import parse
@@ -75,10 +75,10 @@ class RouterRegion:
         lines = [repr((context, self.mode, self.experts, self.top_k, len(self.params), len(self.likes)))]
         for i, node in enumerate(self.inputs):
             names[node] = f"i{i}"
-            lines.append(_describe(node.meta.get("example_value", node.meta.get("val")), symbols, storages))
+            lines.append(describe_value(node.meta.get("example_value", node.meta.get("val")), symbols, storages))
         for i, node in enumerate(self.nodes):
             names[node] = f"n{i}"
-            lines.append(f"{node.op} {target_name(node)} {_text((node.args, node.kwargs), names, symbols)}")
+            lines.append(f"{node.op} {target_name(node)} {text_of((node.args, node.kwargs), names, symbols)}")
         return "\n".join([*lines, names[self.ids], names[self.weights]])
 
 

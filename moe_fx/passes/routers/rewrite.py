@@ -18,7 +18,7 @@ from moe_fx.binding import Operand, parse_binding
 from moe_fx.passes.dataflow import Dataflow, fake, target_name, tensor
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.regions import graph_parts, same
-from moe_fx.passes.rewrite import _call, _flat, _following
+from moe_fx.passes.rewrite import flattened, following, insert_call
 from moe_fx.passes.routers.match import Hypothesis, recognise
 from moe_fx.passes.routers.region import RouterRegion, find_routers
 from moe_fx.reasons import Reject
@@ -107,13 +107,13 @@ def rewrite_router(graph: Graph, flow: Dataflow, call: Node, region: RouterRegio
     bound = parse_binding(str(binding))
     bound = replace(bound, operands=(*bound.operands, *roles))
     whole = replace(parse(str(spec)), router=found.spec)
-    rest = set(_following(call))
+    rest = set(following(call))
     with graph.inserting_before(call):
         extra = [_vector(graph, region.params[at], region.experts) for _, at in mine if at is not None]
-        logits = _flat(graph, region.logits, region.experts)
+        logits = flattened(graph, region.logits, region.experts)
         args = (x, logits, [*operands, *extra], str(whole), str(bound), plan)
-        moe = _call(graph, "call_function", torch.ops.moe_fx.moe.default, args)
-        y, new_ids, new_weights = (_call(graph, "call_function", operator.getitem, (moe, i)) for i in range(3))
+        moe = insert_call(graph, "call_function", torch.ops.moe_fx.moe.default, args)
+        y, new_ids, new_weights = (insert_call(graph, "call_function", operator.getitem, (moe, i)) for i in range(3))
     for node in (moe, y, new_ids, new_weights):
         node.meta.update({k: call.meta[k] for k in ("stack_trace", "nn_module_stack") if k in call.meta})
     call.replace_all_uses_with(y)
@@ -129,7 +129,7 @@ def _vector(graph: Graph, node: Node, experts: int) -> Node:
     """A parameter of E elements as [E]."""
     if fake(node).ndim == 1:
         return node
-    return _call(graph, "call_method", "reshape", (node, (experts,)))
+    return insert_call(graph, "call_method", "reshape", (node, (experts,)))
 
 
 def _aliases(old: Node, new: Node, region: RouterRegion) -> list[Node]:

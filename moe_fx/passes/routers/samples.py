@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_fx.passes.dataflow import fake, value
 from moe_fx.passes.routers.region import RouterRegion
-from moe_fx.passes.sampling import _evaluate, _free, _sizes, constants
+from moe_fx.passes.sampling import constants, evaluate, free_symbols, sizes_of
 
 Kind = Literal["plain", "small", "spread", "peaks", "negative", "ties", "equal", "saturated"]
 EXACT: tuple[Kind, ...] = ("plain", "small", "spread", "peaks", "negative")
@@ -38,7 +38,7 @@ class RouterSampler:
     def __init__(self, region: RouterRegion, seed: int = 0):
         self.region = region
         self.generator = torch.Generator().manual_seed(seed)
-        self.symbols = sorted({s for n in region.inputs for size in _sizes(n) for s in _free(size)}, key=str)
+        self.symbols = sorted({s for n in region.inputs for size in sizes_of(n) for s in free_symbols(size)}, key=str)
         self.tiny = [c for c in constants(region.nodes) if c < 1e-2]
 
     def samples(self, kinds: tuple[Kind, ...], dtype: torch.dtype | None) -> Iterator[RouterSample]:
@@ -61,9 +61,9 @@ class RouterSampler:
         for node in region.inputs:
             found = value(node)
             if not isinstance(found, Tensor):
-                inputs.append(_evaluate(found, assignment))
+                inputs.append(evaluate(found, assignment))
                 continue
-            shape = [_evaluate(s, assignment) for s in found.shape]
+            shape = [evaluate(s, assignment) for s in found.shape]
             own = found.dtype if dtype is None or not found.is_floating_point() else dtype
             if node is region.logits:
                 rows = math.prod(shape[:-1])
@@ -122,17 +122,17 @@ class RouterSampler:
     def _token_counts(self, kind: Kind) -> list[int]:
         """Many equal rows want the same expert: more than a capacity would let through."""
         size = math.prod(fake(self.region.logits).shape[:-1])
-        return [_MANY if kind == "equal" else _ROWS, 5, 1] if _free(size) else [int(size)]
+        return [_MANY if kind == "equal" else _ROWS, 5, 1] if free_symbols(size) else [int(size)]
 
     def _assignment(self, tokens: int) -> dict[Any, int]:
         """Values of the symbols that give ``tokens``: all 1 but one."""
         size = math.prod(fake(self.region.logits).shape[:-1])
-        free = [s for s in self.symbols if s in _free(size)]
+        free = [s for s in self.symbols if s in free_symbols(size)]
         if not free:
             return dict.fromkeys(self.symbols, tokens)
         for count in range(tokens, tokens + 16):
             for symbol in reversed(free):
                 found = {s: count if s is symbol or s not in free else 1 for s in self.symbols}
-                if int(_evaluate(size, found)) == count:
+                if int(evaluate(size, found)) == count:
                     return found
         raise ValueError(f"no values of {free} give {tokens} tokens or a few more")
