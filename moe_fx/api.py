@@ -9,7 +9,8 @@ from torch.nn import Module
 
 from moe_fx import backend
 from moe_fx.options import resolve
-from moe_fx.report import RECORDER, Report
+from moe_fx.recorder import RECORDER
+from moe_fx.report import Report
 from moe_fx.weights import STORE
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from moe_fx import ops, ops_moe  # noqa: F401  ops_moe registers the op of a whole block
+from moe_fx import __version__, ops, ops_moe  # noqa: F401  ops_moe registers the op of a whole block
 from moe_fx.dump import Dump
 from moe_fx.hardware import Device, detect
 from moe_fx.kernels import experts as _built_in  # noqa: F401  registers the kernels
@@ -27,8 +27,9 @@ from moe_fx.kernels.registry import KERNELS
 from moe_fx.lowerings.dispatch import Dispatch
 from moe_fx.lowerings.inline import run_inline
 from moe_fx.lowerings.inner import compile_inner
+from moe_fx.lowerings.measure import Stopwatch, TunedPlans
 from moe_fx.options import Options, disabled, resolve
-from moe_fx.oracle import Request, choose
+from moe_fx.oracle import Request, choose, tuned
 from moe_fx.passes.capture import hooks, hugging_face  # noqa: F401  registers its substitute
 from moe_fx.passes.finder import find_regions
 from moe_fx.passes.fingerprint import fingerprint
@@ -49,7 +50,8 @@ from moe_fx.reasons import (
     Reject,
     out_of_memory,
 )
-from moe_fx.report import RECORDER, Report, Site
+from moe_fx.recorder import RECORDER
+from moe_fx.report import Report, Site
 
 ops.install(Dispatch())
 
@@ -208,7 +210,31 @@ class _Graph:
             policy=self.options.policy,
             compiled=self.options.inner_backend == "inductor",
         )
-        return choose(proposal.spec, proposal.binding, request, _device(w.device), KERNELS)
+        device = _device(w.device)
+        plan = choose(proposal.spec, proposal.binding, request, device, KERNELS)
+        return self._tuned(plan, proposal, request, device) if self.options.tune else plan
+
+    def _tuned(self, plan: Plan, proposal: Proposal, request: Request, device: Device) -> Plan:
+        """The plan with kernels that were measured, here or by an earlier process."""
+        like = [n.meta["example_value"] for n in proposal.operands]
+        if like[0].device.type == "meta":
+            return plan
+        storage = [(tuple(t.shape), t.stride(), t.dtype) for t in like]
+        block = (str(proposal.spec), str(proposal.binding), storage, request, sorted(KERNELS))
+        machine = (device, torch.get_num_threads(), str(torch.__version__), __version__)
+        plans = TunedPlans()
+        known = plans.read(block, machine)
+        if known is None:
+            try:
+                with isolated():
+                    dtype = getattr(torch, request.dtype)
+                    known = tuned(plan, Stopwatch(proposal.spec, proposal.binding, like, plan.layout, dtype))
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                return plan  # no room for a second bank of weights: the price must do
+            plans.write(known, block, machine)
+        return known
 
     def _verify(self, twin: Twin, small: Proposal, plan: Plan, bounds: IdRange, training: bool) -> Reject | None:
         if self.options.verify == "off":

@@ -14,12 +14,12 @@ InnerBackend = Literal["inductor", "eager", "aot_eager", "cudagraphs", "tensorrt
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _NOT_BUILT = {
-    "tune": "measuring candidates",
     "quantize": "quantising at compile time",
     "parallel": "expert parallelism",
 }
 ENVIRONMENT = {
     "MOE_FX_DISABLE": "1 hands every graph to the inner backend untouched",
+    "MOE_FX_CACHE_DIR": "where measured plans are kept; Inductor's cache directory by default",
     "MOE_FX_DUMP": "a directory: the same as dump_dir",
     "MOE_FX_OPTIONS": "a JSON object of options; those given to torch.compile win",
 }
@@ -29,9 +29,10 @@ ENVIRONMENT = {
 class Options:
     """kernel, layout: names, requested explicitly: used, or an error with every reason.  inner_backend: compiles the
     rest of the graph; ``inductor``: a dict of settings passed to it; ``mode``: as torch.compile's.  verify: "once" per
-    distinct block, "always", or "off" (unsafe).  tune: measure candidates.  memory: "view" the model's own storage,
-    "copy" to a kernel's layout, "replace" the model's storage.  strict: raise where a stage fails.  dump_dir: readable
-    dumps of every stage.  router: "keep" it in the graph or "fuse" it.  policy: how the oracle ranks."""
+    distinct block, "always", or "off" (unsafe).  tune: measure the best candidates, as mode "max-autotune" does.
+    memory: "view" the model's own storage, "copy" to a kernel's layout, "replace" the model's storage.  strict: raise
+    where a stage fails.  dump_dir: readable dumps of every stage.  router: "keep" it in the graph or "fuse" it.
+    policy: how the oracle ranks."""
 
     kernel: str | None = None
     layout: str | None = None
@@ -63,6 +64,8 @@ def resolve(options: dict[str, Any] | None, mode: str | None = None) -> Options:
             raise MoEFxOptionError(f"option {name!r} is not available in this version: {_NOT_BUILT[name]} is not built")
     if given.get("memory") == "replace":
         raise MoEFxOptionError('memory="replace" is not available in this version; use "copy"')
+    if str(given.get("mode")).startswith("max-autotune"):
+        given.setdefault("tune", True)
     return Options(**given)
 
 

@@ -38,12 +38,14 @@ class Verdict:
     """What the oracle thought of one candidate (a kernel over a layout).
 
     price_us: microseconds of one forward at each T of ``Plan.priced_at``; empty when vetoed.
+    measured_us: likewise at ``Plan.measured_at``, None where it was not measured; empty when nothing was.
     """
 
     candidate: str
     status: Literal["chosen", "survived", "vetoed"]
     reasons: tuple[Reject, ...] = ()
     price_us: tuple[float, ...] = ()
+    measured_us: tuple[float | None, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -51,6 +53,7 @@ class Verdict:
             "status": self.status,
             "reasons": [r.to_json() for r in self.reasons],
             "price_us": list(self.price_us),
+            "measured_us": list(self.measured_us),
         }
 
 
@@ -60,7 +63,8 @@ class Plan:
 
     backward: "recompute" the activations, or "save" them in the forward.
     ranges: cover 1 <= T without gap or overlap.  inline: the kernel that stands in the graph in the place of the op
-    where T is known when the graph is compiled, and in this range.  priced_at: token counts of the verdicts' prices.
+    where T is known when the graph is compiled, and in this range.  priced_at, measured_at: token counts of the
+    verdicts' prices and measurements.
     """
 
     layout: str
@@ -69,6 +73,7 @@ class Plan:
     priced_at: tuple[int, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     inline: Range | None = None
+    measured_at: tuple[int, ...] = ()
 
     @property
     def spans(self) -> tuple[Range, ...]:
@@ -94,6 +99,7 @@ class Plan:
             "backward": self.backward,
             "inline": None if self.inline is None else self.inline.to_json(),
             "priced_at": list(self.priced_at),
+            "measured_at": list(self.measured_at),
             "verdicts": [v.to_json() for v in self.verdicts],
         }
 
@@ -108,12 +114,21 @@ class Plan:
                 v["status"],
                 tuple(Reject(**r) for r in v["reasons"]),
                 tuple(v["price_us"]),
+                tuple(v["measured_us"]),
             )
             for v in data["verdicts"]
         )
         ranges = tuple(Range(**r) for r in data["ranges"])
         inline = None if data["inline"] is None else Range(**data["inline"])
-        return Plan(data["layout"], ranges, _backward(data["backward"]), tuple(data["priced_at"]), verdicts, inline)
+        return Plan(
+            layout=data["layout"],
+            ranges=ranges,
+            backward=_backward(data["backward"]),
+            priced_at=tuple(data["priced_at"]),
+            verdicts=verdicts,
+            inline=inline,
+            measured_at=tuple(data["measured_at"]),
+        )
 
 
 def _backward(name: str) -> Literal["recompute", "save"]:

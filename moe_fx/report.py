@@ -1,18 +1,16 @@
-"""What happened to every mixture-of-experts block: values that the pipeline collects, and how they read.
+"""What happened to every mixture-of-experts block: values that ``recorder`` collects, and how they read.
 
-``ReportBuilder`` takes sites while graphs are compiled and gives a frozen ``Report``.  ``str(report)`` is plain text
-(120 columns, no terminal needed), a rich console prints the same with colours, ``to_json`` / ``from_json`` round-trip.
+``str(report)`` is plain text (120 columns, no terminal needed), a rich console prints the same with colours, ``to_json``
+/ ``from_json`` round-trip.
 Sites that differ only in their place are shown as one row.  rich is imported when something is rendered.
 """
 
 from __future__ import annotations
 
 import re
-import threading
-import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 VERSION = "report/1"
 WIDTH = 120
-KEPT = 64  # wrappers whose records a builder keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ class Site:
     """One block in one graph.
 
     fqn: the module it belongs to.  binding: its WeightBinding as text.  plan: None unless fused.  rejects: every reason
-    why it was left alone.  source: "file:line: code" of the user.  graph: number of ``ReportBuilder.graphs``.
+    why it was left alone.  source: "file:line: code" of the user.  graph: number of ``recorder.ReportBuilder.graphs``.
     replaced: graph nodes that the fused op stands for.  note: anything a reader should know.
     seconds: (stage, seconds) pairs.
     """
@@ -264,11 +261,14 @@ def _fused_details(number: int, site: Site) -> Iterator[RenderableType]:
     if site.note:
         yield _text(f"    note     {site.note}")
     live = [v for v in plan.verdicts if v.status != "vetoed"]
-    if live:
-        table = _table("candidate", "", *(f"T={t}" for t in plan.priced_at), title="price of one forward")
-        for verdict in sorted(live, key=lambda v: v.status):
-            table.add_row(verdict.candidate, verdict.status, *map(_price, verdict.price_us))
-        yield table
+    prices = {v: v.price_us for v in live}
+    times = {v: v.measured_us for v in live if v.measured_us}
+    for what, counts, rows in (("price", plan.priced_at, prices), ("measured time", plan.measured_at, times)):
+        if rows:
+            table = _table("candidate", "", *(f"T={t}" for t in counts), title=f"{what} of one forward")
+            for v in sorted(rows, key=lambda v: v.status):
+                table.add_row(v.candidate, v.status, *map(_price, rows[v]))
+            yield table
     vetoed: dict[str, list[str]] = {}
     for verdict in plan.verdicts:
         if verdict.status == "vetoed":
@@ -280,8 +280,10 @@ def _fused_details(number: int, site: Site) -> Iterator[RenderableType]:
         yield table
 
 
-def _price(us: float) -> str:
-    """439 → "439 µs", 1_250 → "1.25 ms"."""
+def _price(us: float | None) -> str:
+    """439 → "439 µs", 1_250 → "1.25 ms", None → "-"."""
+    if us is None:
+        return "-"
     scale, unit = next((s, u) for s, u in ((1e6, "s"), (1e3, "ms"), (0.0, "µs")) if us >= s)
     value = us / (scale or 1.0)
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
@@ -307,91 +309,3 @@ def _left_details(number: int, group: list[Site]) -> Iterator[RenderableType]:
             yield _text(f"      at     {reject.where}")
         yield _text(f"      means  {CODES[reject.code]}")
         yield _text(f"      try    {HINTS.get(reject.code, 'see docs/troubleshooting.md')}")
-
-
-# --- collecting ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Record:
-    """owner: gives the wrapper that the record belongs to, or None when it is gone."""
-
-    owner: Callable[[], object]
-    sites: list[Site] = field(default_factory=list)
-    graphs: int = 0
-    seconds: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-
-    def report(self) -> Report:
-        stages: dict[int, dict[str, float]] = {}  # every site of a graph carries that graph's stages
-        for site in self.sites:
-            stages.setdefault(site.graph, {}).update(site.seconds)
-        total: Counter[str] = Counter()
-        for spent in stages.values():
-            total.update(spent)
-        seconds = (*total.items(), ("all", self.seconds)) if self.graphs else ()
-        return Report(tuple(self.sites), self.graphs, seconds, tuple(self.warnings))
-
-
-class ReportBuilder:
-    """Collects what happens while graphs are compiled; every method may be called from any thread.
-
-    One record per torch.compile wrapper; a wrapper that compiles again goes on with its own.  All methods but ``begin``
-    speak of the record begun last.  Wrappers are not kept alive.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._records: list[_Record] = []
-        self._current = _Record(lambda: None)
-
-    def begin(self, wrapper: object = None) -> None:
-        """``wrapper`` starts to compile a graph; None starts a record of its own."""
-        with self._lock:
-            alive = [r for r in self._records if r.owner() is not None]
-            own = [r for r in alive if r.owner() is wrapper]
-            self._current = own[0] if own else _Record(_reference(wrapper))
-            self._records = [*[r for r in alive if r is not self._current], self._current][-KEPT:]
-
-    @property
-    def graphs(self) -> int:
-        """Graphs finished so far: the number of the one in the making."""
-        with self._lock:
-            return self._current.graphs
-
-    def graph(self, seconds: float) -> None:
-        """A graph is finished; moe_fx took ``seconds`` for it."""
-        with self._lock:
-            self._current.graphs += 1
-            self._current.seconds += seconds
-
-    def add(self, site: Site) -> None:
-        with self._lock:
-            self._current.sites.append(site)
-
-    def warn(self, text: str) -> None:
-        """Keeps a warning, once."""
-        with self._lock:
-            if text not in self._current.warnings:
-                self._current.warnings.append(text)
-
-    def snapshot(self) -> Report:
-        """The report of the wrapper begun last, as it stands."""
-        with self._lock:
-            return self._current.report()
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        with self._lock:
-            self._records.clear()
-            self._current = _Record(lambda: None)
-
-
-def _reference(wrapper: object) -> Callable[[], object]:
-    try:
-        return weakref.ref(wrapper)
-    except TypeError:  # of a class without weak references
-        return lambda: wrapper
-
-
-RECORDER = ReportBuilder()

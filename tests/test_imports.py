@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"reasons"},
     "reference": {"spec", "binding"},
     "report": {"hints", "plan", "reasons", "spec"},
+    "recorder": {"report"},
     "options": {"reasons"},
     "ops": {"binding", "reasons", "reference", "spec", "plan"},
     "ops_moe": {"ops", "binding", "reasons", "reference", "spec"},
@@ -49,6 +50,7 @@ NEVER: dict[str, set[str]] = {
     "ops_moe": {"kernels", "lowerings", "oracle", "passes", "torch.fx"},
     "weights": {"lowerings", "passes", "oracle", "ops"},
     "report": {"ops", "kernels", "oracle", "passes", "lowerings", "torch"},
+    "recorder": {"ops", "kernels", "oracle", "passes", "lowerings", "torch"},
 }
 
 LONG = {"kernels", "passes/idioms", "oracle/calibration"}  # one kernel or one catalogue: 700 lines

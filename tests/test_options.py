@@ -206,7 +206,6 @@ def test_every_mode(mode: str | None, inner: str) -> None:
     with torch.no_grad():
         assert_close(compiled(model, mode=mode, inner_backend=inner)(x), model(x))
     all_fused(1)
-    assert not resolve({"mode": mode}).tune
 
 
 def test_an_inner_backend_that_is_not_installed() -> None:
@@ -331,3 +330,31 @@ def test_a_graph_before_the_block_is_no_reason_to_warn() -> None:
 
 def test_all_names_are_fields() -> None:
     assert names() == list(Options.__dataclass_fields__)
+
+
+def test_tune_measures_once_and_keeps_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_fx.lowerings import measure
+
+    monkeypatch.setenv("MOE_FX_CACHE_DIR", str(tmp_path))
+    calls: list[str] = []
+    original = measure.Stopwatch.__call__
+    monkeypatch.setattr(measure.Stopwatch, "__call__", lambda self, *a: calls.append(a[0]) or original(self, *a))
+    for expected in (True, False):
+        fresh()
+        model, x = Stack(), tokens(3, 7)
+        with torch.no_grad():
+            assert_close(compiled(model, tune=True)(x), model(x), 1e-6)
+        (plan,) = {site.plan for site in all_fused(2).sites}
+        assert plan is not None
+        assert plan.measured_at
+        assert "measured time of one forward" in str(moe_fx.last_report())
+        assert bool(calls) == expected
+        calls.clear()
+
+
+@pytest.mark.parametrize("mode", ["max-autotune", "max-autotune-no-cudagraphs"])
+def test_max_autotune_means_tune(mode: str) -> None:
+    assert resolve({}, mode).tune
+    assert resolve({"mode": mode}).tune
+    assert not resolve({"mode": mode, "tune": False}).tune
+    assert not resolve({}, "reduce-overhead").tune

@@ -10,7 +10,8 @@ import pytest
 from moe_fx.hints import HINTS
 from moe_fx.plan import Plan, Range, Verdict
 from moe_fx.reasons import CODES, Reject
-from moe_fx.report import KEPT, Report, ReportBuilder, Site, describe, fold, ranges
+from moe_fx.recorder import KEPT, ReportBuilder
+from moe_fx.report import Report, Site, describe, fold, ranges
 from moe_fx.spec import CombineSpec, ExpertSpec, MoESpec
 
 SPEC = MoESpec(8, ExpertSpec(32, 1024, 512))
