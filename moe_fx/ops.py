@@ -241,29 +241,13 @@ def _train_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
     return _experts_fake(*args), saved_like(_call(*args))
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    operands: list[Tensor],
-    saved: list[Tensor],
-    needs: list[bool],
-    *attrs: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return _implementation.backward(_call(x, ids, weights, operands, *attrs), grad, list(saved), list(needs))
+def _backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *inputs, saved, needs, spec, binding, plan = rest
+    return _implementation.backward(_call(*inputs, spec, binding, plan), grad, list(saved), list(needs))
 
 
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    operands: list[Tensor],
-    saved: list[Tensor],
-    needs: list[bool],
-    *attrs: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _backward_fake(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x, _, weights, operands, _, needs, *_ = rest
     return contiguous_like(x), contiguous_like(weights), gradients_like(operands, needs)
 
 

@@ -137,18 +137,8 @@ def _backward(
     return dx, dlogits, doperands
 
 
-def _backward_fake(
-    grad: Tensor,
-    grad_weights: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    operands: list[Tensor],
-    saved: list[Tensor],
-    needs: list[bool],
-    *attrs: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _backward_fake(grad: Tensor, grad_weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x, logits, _, _, operands, _, needs, *_ = rest
     return ops.contiguous_like(x), ops.contiguous_like(logits), ops.gradients_like(operands, needs)
 
 

@@ -1,8 +1,8 @@
 """What happened to every mixture-of-experts block: values that ``recorder`` collects, and how they read.
 
-``str(report)`` is plain text (120 columns, no terminal needed), a rich console prints the same with colours, ``to_json``
-/ ``from_json`` round-trip.
-Sites that differ only in their place are shown as one row.  rich is imported when something is rendered.
+``str(report)`` is plain text (120 columns, no terminal needed), a rich console prints the same with colours,
+``to_json`` and ``from_json`` round-trip.  Sites that differ only in their place are shown as one row.  rich is imported
+when something is rendered.
 """
 
 from __future__ import annotations
