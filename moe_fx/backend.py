@@ -31,11 +31,12 @@ from moe_fx.lowerings.measure import Stopwatch, TunedPlans
 from moe_fx.options import Options, disabled, resolve
 from moe_fx.oracle import Request, choose, tuned
 from moe_fx.passes.capture import hooks, hugging_face  # noqa: F401  registers its substitute
+from moe_fx.passes.dataflow import fake
 from moe_fx.passes.finder import find_regions
 from moe_fx.passes.fingerprint import fingerprint
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
-from moe_fx.passes.regions import Region, describe, graph_parts
+from moe_fx.passes.regions import Region, describe, graph_parts, runnable
 from moe_fx.passes.rewrite import rewrite
 from moe_fx.passes.routers import forget, fuse_routers
 from moe_fx.passes.sampling import IdRange, Sampler, id_range
@@ -71,7 +72,7 @@ def moe_fx(
     graph.write(lambda dump: dump.graph("rewritten", gm))
     for site in sites:
         RECORDER.add(site)
-    RECORDER.graph(time.perf_counter() - started)
+    RECORDER.graph(time.perf_counter() - started + graph.captured)
     _warn_if_nothing_matched(RECORDER.snapshot())
     graph.write(lambda dump: dump.report(RECORDER.snapshot()))
     return compile_inner(gm, example_inputs, settings)
@@ -118,6 +119,7 @@ class _Graph:
     def __init__(self, gm: GraphModule, example_inputs: list[Any], options: Options):
         self.gm, self.inputs, self.options = gm, example_inputs, options
         self.seconds: dict[str, float] = {}
+        self.captured = 0.0  # seconds of ours while Dynamo traced
         self.dump: Dump | None = None
 
     def write(self, what: Callable[[Dump], None]) -> None:
@@ -130,8 +132,12 @@ class _Graph:
         sites: list[Site] = []
         accepted: list[tuple[Graph, Region, Proposal, Plan, int]] = []
         with self._stage("capture") as failed:
-            notes, self.seconds["capture"] = hooks.drain()
-            sites += [self._left(None, fqn, rejects) for fqn, rejects in notes]
+            notes, self.captured = hooks.drain()
+            for fqn, noted in notes:
+                if noted[0].code == "internal":
+                    self._failed(noted[0].text, None)
+                sites.append(self._left(None, fqn, noted))
+        self.seconds["capture"] += self.captured
         with self._stage("find", failed):
             for graph, weights, buffers in graph_parts(self.gm, self.inputs):
                 found = find_regions(graph, weights)
@@ -210,7 +216,7 @@ class _Graph:
             policy=self.options.policy,
             compiled=self.options.inner_backend == "inductor",
         )
-        device = _device(w.device)
+        device = _device(runnable(w.device))
         plan = choose(proposal.spec, proposal.binding, request, device, KERNELS)
         return self._tuned(plan, proposal, request, device) if self.options.tune else plan
 
@@ -292,8 +298,17 @@ class _Graph:
             source=_source(node),
             graph=RECORDER.graphs,
             replaced=len(region.nodes),
-            note="unverified" if self.options.verify == "off" else "",
+            note=self._doubt(region),
             seconds=(),
+        )
+
+    def _doubt(self, region: Region) -> str:
+        """What was not verified; "" when all was."""
+        if self.options.verify == "off":
+            return "unverified"
+        meta = fake(region.down.params[0]).device.type == "meta"
+        return (
+            "unverified in its own dtypes: weights on meta have no values, only the formula was checked" if meta else ""
         )
 
     def _left(self, node: Node | None, fqn: str, rejects: tuple[Reject, ...]) -> Site:
@@ -314,18 +329,22 @@ class _Graph:
             yield failed
         except (MoEFxOptionError, MoEFxUnsupportedError, MoEFxInternalError):
             raise  # what was asked for cannot be had
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  see above
             text = f"{name}: {type(error).__name__}: {error}"
             if name in ("match", "verify") and out_of_memory(error):
                 failed.append(Reject("verify.memory", text.splitlines()[0], name))
                 return
-            if self.options.strict:
-                raise MoEFxInternalError(f"moe_fx failed in stage {text}") from error
+            self._failed(text, error)
             failed.append(Reject("internal", text, name))
-            warnings.warn(f"moe_fx left a block as it was; stage {text}", MoEFxWarning, stacklevel=2)
         finally:
             inside = sum(self.seconds.values()) - inside
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - inside
+
+    def _failed(self, text: str, error: Exception | None) -> None:
+        """A stage of ours failed: a warning, or an error if strict."""
+        if self.options.strict:
+            raise MoEFxInternalError(f"moe_fx failed in stage {text}") from error
+        warnings.warn(f"moe_fx left a block as it was; stage {text}", MoEFxWarning, stacklevel=3)
 
 
 _DEVICES: dict[str, Device] = {}

@@ -6,6 +6,7 @@ table, and a test sees every code produced.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,8 +32,9 @@ class Reject:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the host or on a device."""
-    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return by_type or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return getattr(error, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(error)
 
 
 CODES: dict[str, str] = {

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from moe_fx.passes.coverage import Coverage
 from moe_fx.passes.dataflow import target_name, target_name_of
+from moe_fx.passes.regions import runnable
 
 aten = torch.ops.aten
 _EXACT = torch.float64
@@ -122,13 +123,15 @@ class Exact(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        args = tree_map_only(torch.dtype, _widen, args)
-        kwargs = tree_map_only(torch.dtype, _widen, kwargs)
+        args, kwargs = (tree_map_only((torch.dtype, torch.device), _real, tree) for tree in (args, kwargs))
         if func in (aten._softmax.default, aten._log_softmax.default):
             args = (*args[:2], False)
         if self.coverage is not None:
             self.coverage.before(func, args, kwargs)
-        out = func(*args, **kwargs)
+        if func is aten.histc.default and not args[0].is_floating_point() and args[0].device.type == "cpu":
+            out = func(args[0].to(_EXACT), *args[1:], **kwargs).to(args[0].dtype)  # a block that was captured for a GPU
+        else:
+            out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.is_floating_point() and out.dtype != _EXACT:
             out = out.to(_EXACT)
         if self.coverage is not None:
@@ -138,8 +141,11 @@ class Exact(TorchDispatchMode):
         return out
 
 
-def _widen(dtype: torch.dtype) -> torch.dtype:
-    return _EXACT if dtype.is_floating_point else dtype
+def _real(wanted: torch.dtype | torch.device) -> torch.dtype | torch.device:
+    """float64 for a floating dtype, and a device that holds values."""
+    if isinstance(wanted, torch.device):
+        return runnable(wanted)
+    return _EXACT if wanted.is_floating_point else wanted
 
 
 def _address(t: Tensor) -> int:

@@ -133,6 +133,11 @@ def _attribute(gm: GraphModule, node: Node) -> object:
     return found
 
 
+def runnable(device: torch.device) -> torch.device:
+    """Where samples for ``device`` run: values on the meta device are none, so the host stands in."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def numel(node: Node) -> object:
     """Number of elements, an int or a SymInt."""
     return math.prod(fake(node).shape)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_fx.passes.dataflow import fake, target_name, tensor, value
-from moe_fx.passes.regions import Region, numel
+from moe_fx.passes.regions import Region, numel, runnable
 
 Pattern = str  # "random", "few", "first", "last", "duplicates", "cover <first expert>", "outside <id>"
 _LARGE = 1 << 20  # bytes of one expert in float64 from which gradients are checked along directions only
@@ -139,7 +140,7 @@ class Sampler:
                 values[node] = self._normal(shape, kind, 1.0)
                 if dtype is not None and node is region.x:
                     values[node] = self._special_rows(values[node]) if scale is None else values[node] * scale
-        values = {n: v.to(fake(n).device) if isinstance(v, Tensor) else v for n, v in values.items()}
+        values = {n: v.to(runnable(fake(n).device)) if isinstance(v, Tensor) else v for n, v in values.items()}
         operands = {n: values[n] for n in (*region.weight_nodes, *region.params)}
         x = values[region.x].reshape(-1, region.hidden)
         weights = x.new_ones(tokens, k) if region.weights is None else values[region.weights]
@@ -149,7 +150,7 @@ class Sampler:
 
     def _weight(self, node: Node, shape: list[int], dtype: torch.dtype, filled: list[int] | None) -> Tensor:
         """Random weights with the strides of the model's own; experts that are not ``filled`` stay zero pages."""
-        weight = _lazy_zeros(shape, dtype)
+        weight = lazy_zeros(shape, dtype)
         if len(shape) == 2:
             if filled is None or self.region_index(node) in filled:
                 self._fill(weight)
@@ -262,12 +263,16 @@ class Sampler:
         raise ValueError(f"no values of {free} give {tokens} tokens or a few more")
 
 
-def _lazy_zeros(shape: list[int], dtype: torch.dtype) -> Tensor:
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages take no memory until they are written (``torch.zeros`` writes them)."""
     size = math.prod(shape) * dtype.itemsize
     if size < mmap.PAGESIZE * 16:
         return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(*shape)
+    reserve_nothing = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which mmap names from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+    return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).view(*shape)
 
 
 def constants(nodes: Iterable[Node]) -> list[float]:

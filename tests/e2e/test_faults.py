@@ -57,7 +57,7 @@ STAGES = [
     Fault("plan", backend, "choose"),
     Fault("verify", backend, "verify"),
     Fault("rewrite", backend, "rewrite"),
-    *(Fault("rewrite", rewriting, "_call", nth) for nth in (1, 2, 3)),
+    *(Fault("rewrite", rewriting, "insert_call", nth) for nth in (1, 2, 3)),
 ]
 DUMPS = [Fault("dump", backend.Dump, name) for name in ("graph", "region", "report")]
 DATA_DEPENDENT = [
@@ -292,3 +292,25 @@ def test_an_explicit_request_is_never_dropped_by_a_stage() -> None:
     with pytest.raises(BackendCompilerFailed) as caught:
         run(compiled(Stack(), kernel="torch_grouped"), tokens(3, 7))
     assert isinstance(caught.value.inner_exception, MoEFxUnsupportedError)
+
+
+def test_a_substitute_that_fails_leaves_the_loop_to_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault while Dynamo traces: the result is eager's, and the next graph tells of it."""
+    from moe_fx.passes.capture import hugging_face
+    from tests.zoo.samples import build
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(hugging_face, "_compare", fail)
+    monkeypatch.setattr(hugging_face, "_TRUSTED", {})
+    sample = build("mixtral", "eager")
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = sample.output(compiled(sample.model, fullgraph=False)(**sample.inputs))[0]
+        assert_close(y, sample.output(sample.model(**sample.inputs))[0], 1e-5)
+    assert any("stage capture: ZeroDivisionError: planted" in str(w.message) for w in caught)
+    assert internal("capture"), str(moe_fx.last_report())
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="capture: ZeroDivisionError"):
+        compiled(sample.model, fullgraph=False, strict=True)(**sample.inputs)

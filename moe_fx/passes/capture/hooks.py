@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from moe_fx.reasons import Reject
+from moe_fx.reasons import Reject, out_of_memory
 
 # (tracer, function about to be inlined, its arguments) → the result to use instead, or None to inline as usual
 Substitute = Callable[[Any, Any, list[Any]], Any]
@@ -72,16 +72,32 @@ def install(backend: Any, active: Callable[[], bool] = lambda: True) -> str:
     @functools.wraps(_original.__func__)
     def inline_call(cls: Any, parent: Any, func: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if not kwargs and compiles_for(parent, backend) and active():
-            started = time.perf_counter()
-            results = (offer(parent, func, list(args)) for offer in _SUBSTITUTES)
-            result = next((r for r in results if r is not None), None)
-            _declined.seconds = getattr(_declined, "seconds", 0.0) + time.perf_counter() - started
+            result = _offered(parent, func, list(args))
             if result is not None:
                 return result
         return _original.__func__(cls, parent, func, args, kwargs, *rest, **more)
 
     setattr(InliningInstructionTranslator, "inline_call", classmethod(inline_call))  # noqa: B010  mypy: a method
     return ""
+
+
+def _offered(tracer: Any, function: Any, args: list[Any]) -> Any:
+    """The answer of the first substitute that has one.  A substitute that fails costs its loop, not the compilation."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    started = time.perf_counter()
+    try:
+        results = (offer(tracer, function, args) for offer in _SUBSTITUTES)
+        return next((r for r in results if r is not None), None)
+    except TorchDynamoException:  # Dynamo's own control flow
+        raise
+    except Exception as error:  # noqa: BLE001  reported with the next graph, as every stage that fails
+        text = f"capture: {type(error).__name__}: {error}".splitlines()[0]
+        code = "verify.memory" if out_of_memory(error) else "internal"
+        decline(str(getattr(getattr(function, "fn", None), "__qualname__", "")), Reject(code, text, "capture"))
+        return None
+    finally:
+        _declined.seconds = getattr(_declined, "seconds", 0.0) + time.perf_counter() - started
 
 
 def uninstall() -> None:

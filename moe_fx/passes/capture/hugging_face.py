@@ -20,11 +20,12 @@ from torch.nn import Module, Parameter
 
 from moe_fx.passes.capture.hooks import decline, substitute
 from moe_fx.passes.isolation import isolated
+from moe_fx.passes.sampling import lazy_zeros
 from moe_fx.reasons import Reject
 
 _FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
 _TRUSTED: dict[tuple[Any, ...], str] = {}
-_FILLED = 12  # experts given random weights; the rest stay unallocated zero pages
+_FILLED, _FEW, _LARGE = 12, 4, 1 << 22  # experts given random weights, fewer if their matrices have more elements
 
 
 @substitute
@@ -68,8 +69,8 @@ def _compare(module: Module, body: Any) -> str:
     loop = getattr(type(module).forward, "__wrapped__", None)
     if loop is None:
         return "the class's own loop is not reachable"
-    sampled, x, ids, weights = _sample(module)
-    wide = _cast(sampled, torch.float32)
+    sampled, filled, x, ids, weights = _sample(module)
+    wide = _cast(sampled, torch.float32, filled)
     truth = loop(wide, x, ids, weights)
     error = _relative(body(wide, x, ids, weights), truth)
     if not error <= 1e-5:
@@ -77,24 +78,26 @@ def _compare(module: Module, body: Any) -> str:
     dtype = next(module.parameters()).dtype
     if dtype == torch.float32:
         return ""
-    narrow, y = _cast(sampled, dtype), x.to(dtype)
-    truth = loop(_cast(narrow, torch.float32), y.float(), ids, weights)
+    narrow, y = _cast(sampled, dtype, filled), x.to(dtype)
+    truth = loop(_cast(narrow, torch.float32, filled), y.float(), ids, weights)
     own, other = (_relative(f(narrow, y, ids, weights.to(dtype)), truth) for f in (loop, body))
     if not other <= 2 * own + 4 * torch.finfo(dtype).eps:
         return f"the traceable form is less exact: {other:.1e} against {own:.1e} in {dtype}"
     return ""
 
 
-def _sample(module: Module) -> tuple[Module, Tensor, Tensor, Tensor]:
-    """A shallow copy with random weights, and inputs for it: 7 tokens, 2 experts each, some experts without tokens."""
+def _sample(module: Module) -> tuple[Module, list[int], Tensor, Tensor, Tensor]:
+    """A shallow copy with random weights, the experts that have any, and inputs: 7 tokens, 2 experts each, some experts
+    without tokens."""
     generator = torch.Generator().manual_seed(0)
     banks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     experts = banks[0].shape[0]
-    filled = torch.randperm(experts, generator=generator)[:_FILLED].tolist()
+    count = _FILLED if banks[0][0].numel() <= _LARGE else _FEW
+    filled = torch.randperm(experts, generator=generator)[:count].tolist()  # the rest stay pages that take no memory
     clone = copy.copy(module)
     parameters = {}
     for name, p in module.named_parameters(recurse=False):
-        value = torch.zeros(p.shape, dtype=torch.float32)
+        value = lazy_zeros(p.shape, torch.float32)
         for e in filled if p.shape[0] == experts else range(p.shape[0]):
             scale = min(p.shape[1:]) ** -0.5 if p.ndim == 3 else 0.5
             value[e] = torch.randn(p.shape[1:], generator=generator) * scale
@@ -105,7 +108,7 @@ def _sample(module: Module) -> tuple[Module, Tensor, Tensor, Tensor]:
     pool = torch.tensor(filled[: max(2, len(filled) - 1)])
     ids = pool[torch.rand(7, len(pool), generator=generator).argsort(-1)[:, :2]].reshape(7, -1)
     weights = torch.rand(ids.shape, generator=generator) + 0.1
-    return clone, x, ids, weights
+    return clone, filled, x, ids, weights
 
 
 def _hidden(module: Module, banks: list[Parameter]) -> int:
@@ -114,12 +117,17 @@ def _hidden(module: Module, banks: list[Parameter]) -> int:
     return up.shape[1] if getattr(module, "is_transposed", False) else up.shape[2]
 
 
-def _cast(module: Module, dtype: torch.dtype) -> Module:
-    """A shallow copy in ``dtype``, submodules (a norm) included."""
+def _cast(module: Module, dtype: torch.dtype, filled: list[int]) -> Module:
+    """A shallow copy in ``dtype``, submodules (a norm) included; of a bank only the ``filled`` experts take memory."""
     clone = copy.copy(module)
-    clone.__dict__["_parameters"] = {
-        n: Parameter(p.to(dtype), requires_grad=False) for n, p in module._parameters.items() if p is not None
-    }
+    parameters = {}
+    for name, p in module._parameters.items():
+        if p is not None:
+            value = lazy_zeros(p.shape, dtype) if p.ndim == 3 else p.to(dtype)
+            for e in filled if p.ndim == 3 else ():
+                value[e] = p[e]
+            parameters[name] = Parameter(value, requires_grad=False)
+    clone.__dict__["_parameters"] = parameters
     submodules = {n: m for n, m in module._modules.items() if m is not None}
     clone.__dict__["_modules"] = {n: copy.deepcopy(m).to("cpu", dtype) for n, m in submodules.items()}
     return clone
