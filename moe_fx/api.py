@@ -31,16 +31,28 @@ def last_report() -> Report:
     return RECORDER.snapshot()
 
 
+class _Once:
+    """The backend under an identity of its own: Dynamo compiles again for it, whatever it compiled before."""
+
+    _torchdynamo_orig_backend = staticmethod(backend.moe_fx)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return backend.moe_fx(*args, **kwargs)
+
+
 def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
     """Compiles ``model`` once for these arguments with the rest of the graph left to eager, and returns the report.
 
-    The model is run once, without gradients unless grad mode is on and an argument requires them; nothing is changed.
+    The model is run once, in the caller's grad mode: with gradients wanted the plan is one for training.  Nothing is
+    changed.  A model on the meta device works too: what its code computes is verified, its rounding is not.
     """
     chosen = {"inner_backend": "eager", **(options or {})}
     resolve(chosen)
-    RECORDER.begin(object())
+    once = _Once()
+    RECORDER.begin(once)
     compiler: Any = torch.compile
-    compiler(model, backend=backend.moe_fx, options=chosen)(*args, **kwargs)
+    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+        compiler(model, backend=once, options=chosen)(*args, **kwargs)
     return RECORDER.snapshot()
 
 
@@ -51,9 +63,10 @@ def reset() -> None:
 
 
 def invalidate(model: Module | None = None) -> int:
-    """Drops packed copies of ``model``'s weights (None: of all models); the next call packs anew.  Returns how many.
+    """Has packed copies of ``model``'s weights (None: of all models) written again, in place, before their next use.
+    Returns how many.
 
-    Needed only with ``memory="copy"`` or ``"replace"``, after writes that no key can see: ``p.data.mul_()``, a NumPy
+    Needed only with ``memory="copy"``, after writes that no key can see: ``p.data.mul_()``, a NumPy
     view, another process.  The default ``memory="view"`` reads the model's own storage and is always right.
     """
     return STORE.invalidate(model)

@@ -25,7 +25,7 @@ from moe_fx.hardware import Device, detect
 from moe_fx.kernels import experts as _built_in  # noqa: F401  registers the kernels
 from moe_fx.kernels.registry import KERNELS
 from moe_fx.lowerings.dispatch import Dispatch
-from moe_fx.lowerings.inline import run_inline
+from moe_fx.lowerings.inline import inline, run_inline
 from moe_fx.lowerings.inner import compile_inner
 from moe_fx.lowerings.measure import Stopwatch, TunedPlans
 from moe_fx.options import Options, disabled, resolve
@@ -34,12 +34,13 @@ from moe_fx.passes.capture import hooks, hugging_face  # noqa: F401  registers i
 from moe_fx.passes.dataflow import fake
 from moe_fx.passes.finder import find_regions
 from moe_fx.passes.fingerprint import fingerprint
+from moe_fx.passes.id_range import IdRange, id_range
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
 from moe_fx.passes.regions import Region, describe, graph_parts, runnable
 from moe_fx.passes.rewrite import rewrite
 from moe_fx.passes.routers import forget, fuse_routers
-from moe_fx.passes.sampling import IdRange, Sampler, id_range
+from moe_fx.passes.sampling import Sampler
 from moe_fx.passes.shrink import Twin, shrink
 from moe_fx.passes.verify import verify
 from moe_fx.plan import Plan
@@ -156,6 +157,11 @@ class _Graph:
         if failed:
             sites.append(self._left(None, "", tuple(failed)))
         self._rewrite(accepted, sites)
+        if accepted and self.options.inner_backend == "inductor":
+            with self._stage("lower") as failed:
+                inline(self.gm)
+            if failed:
+                sites.append(self._left(None, "", tuple(failed)))
         return [replace(s, seconds=tuple(self.seconds.items())) for s in sites]
 
     def _judge(self, region: Region, buffers: dict[Node, Tensor]) -> _Verdict:
@@ -165,14 +171,15 @@ class _Graph:
             t.requires_grad for n in region.inputs if isinstance(t := n.meta.get("example_value"), Tensor)
         )
         with self._stage("match") as failed:
-            bounds = id_range(region.ids, buffers)
+            bounds = id_range(region.ids, buffers, region.top_k)
             key = fingerprint(region, bounds, training, self.options)
             if self.options.verify != "always" and key in _VERDICTS:
                 return _VERDICTS[key]
         if not failed:
             verdict = self._decide(region, bounds, training, failed, key)
             if not failed:
-                _VERDICTS[key] = verdict
+                if not any(r.code == "verify.memory" for r in verdict.rejects):  # the next try may have more
+                    _VERDICTS[key] = verdict
                 return verdict
         return _Verdict(None, None, rejects=tuple(failed))
 
@@ -198,7 +205,7 @@ class _Graph:
                 if reject is None:
                     positions = tuple(region.inputs.index(n) for n in proposal.operands)
                     self.write(partial(Dump.region, key=key, region=region, proposal=proposal, plan=plan))
-                    return _Verdict(proposal, plan, positions)
+                    return _Verdict(replace(proposal, operands=()), plan, positions)  # nodes would keep the graph alive
                 rejects.append(reject)
             if failed:
                 break
@@ -276,15 +283,18 @@ class _Graph:
 
     def _fuse_routers(self, calls: dict[Node, int], sites: list[Site]) -> None:
         """Routers that a RouterSpec describes go into the op of their experts; others stay, and the report says why."""
-        with self._stage("router"):
+        with self._stage("router") as failed:
             for outcome in fuse_routers(self.gm, self.inputs):
-                index = calls[outcome.call]
+                if (index := calls.get(outcome.call)) is None:
+                    continue  # a call that the user wrote
                 site = sites[index]
                 if outcome.router is None or site.spec is None:
                     sites[index] = replace(site, note=f"{site.note} router kept: {outcome.reason}".strip())
                 else:
                     spec = replace(site.spec, router=outcome.router)
                     sites[index] = replace(site, spec=spec, binding=outcome.binding)
+        if failed:
+            sites.append(self._left(None, "", tuple(failed)))
 
     def _fused(self, region: Region, proposal: Proposal, plan: Plan) -> Site:
         node = region.down.uses[0]

@@ -38,6 +38,10 @@ class Operand:
     transposed: bool = False
     order: Order = "gate_up"
 
+    def count(self, experts: int) -> int:
+        """How many tensors hold the role."""
+        return experts if self.form == "list" and self.role != "norm" else 1
+
     def __str__(self) -> str:
         return f"{self.role}:{self.form}:{'in_out' if self.transposed else 'out_in'}:{self.order}"
 
@@ -106,7 +110,7 @@ def bind(binding: WeightBinding, operands: list[Tensor], experts: int) -> Expert
     found: dict[str, Matrices] = {}
     position = 0
     for operand in binding.operands:
-        count = experts if operand.form == "list" and operand.role != "norm" else 1
+        count = operand.count(experts)
         tensors = operands[position : position + count]
         position += count
         found[operand.role] = uniform(operand, tensors, experts)

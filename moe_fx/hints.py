@@ -27,7 +27,7 @@ HINTS: dict[str, str] = {
     "veto.bias": "another kernel serves biases; nothing to do unless none does",
     "veto.norm": "another kernel serves expert norms; nothing to do unless none does",
     "veto.combine": "another kernel serves this combination; nothing to do unless none does",
-    "veto.storage": 'pass memory="copy" (or "replace") to allow a packed copy of the weights',
+    "veto.storage": 'pass memory="copy" to allow a packed copy of the weights',
     "veto.shape": "pad the sizes to what the kernel lists, or leave it to another kernel",
     "veto.training": "call the model under torch.no_grad(), or freeze the weights, if no gradient is wanted",
     "veto.package": "install the package that the reason names",

@@ -99,8 +99,7 @@ def _read(spec: str, binding: str, plan: str) -> tuple[MoESpec, WeightBinding, P
         parsed, bound, chosen = parse(spec), parse_binding(binding), parse_plan(plan)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise MoEFxRuntimeError(f"a fused op has attributes that cannot be read: {error}") from error
-    lists = sum(o.form == "list" and o.role != "norm" for o in bound.operands)
-    return parsed, bound, chosen, len(bound.operands) + lists * (parsed.expert.experts - 1)
+    return parsed, bound, chosen, sum(o.count(parsed.expert.experts) for o in bound.operands)
 
 
 def saved_like(call: Call) -> list[Tensor]:
@@ -135,7 +134,7 @@ def _check(call: Call) -> None:
     position = 0
     for operand in binding.operands:
         sizes = operands[position].shape
-        position += 1 if operand.form != "list" or operand.role == "norm" else spec.expert.experts
+        position += operand.count(spec.expert.experts)
         if operand.form == "stacked" and operand.role != "norm" and _differ(sizes[0], spec.expert.experts):
             raise MoEFxRuntimeError(f"{operand.role} {list(sizes)} must hold {spec.expert.experts} experts")
 
@@ -176,7 +175,9 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
         with torch._C._DisableAutocast():
             return run(*args)
 
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # kernels may wait for the device, which a CUDA graph cannot hold
+    tags = [torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)])]
+    _LIBRARY.define(name + schema, tags=tuple(tags))
     _LIBRARY.impl(name, below, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, _no_transform, "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"moe_fx::{name}", fake, lib=_LIBRARY)
@@ -213,37 +214,39 @@ def gradients_like(operands: list[Tensor], needs: list[bool]) -> list[Tensor]:
     return [contiguous_like(o) if need else o.new_empty(0) for o, need in zip(operands, needs, strict=True)]
 
 
-def _call(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], *attrs: str) -> Call:
-    return Call(x, ids, weights, list(operands), attrs)
+def call_of(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], *attrs: str) -> Call:
+    """The arguments of an op, ids as kernels take them: int32 or int64."""
+    narrow = not ids.dtype.is_floating_point and ids.dtype not in (torch.int32, torch.int64)
+    return Call(x, ids.long() if narrow else ids, weights, list(operands), attrs)
 
 
 def _experts(*args: Any) -> Tensor:
-    call = _call(*args)
+    call = call_of(*args)
     _check(call)
     refuse_forward_mode(call.x, call.weights, *call.operands)
     return _implementation.forward(call)
 
 
 def _experts_fake(*args: Any) -> Tensor:
-    call = _call(*args)
+    call = call_of(*args)
     _check(call)
     return call.x.new_empty(call.x.shape, dtype=dtype_of(parse(call.attrs[0]).combine.out_dtype, call.x.dtype))
 
 
 def _train(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    call = _call(*args)
+    call = call_of(*args)
     _check(call)
     refuse_forward_mode(call.x, call.weights, *call.operands)
     return _implementation.train(call)
 
 
 def _train_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    return _experts_fake(*args), saved_like(_call(*args))
+    return _experts_fake(*args), saved_like(call_of(*args))
 
 
 def _backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     *inputs, saved, needs, spec, binding, plan = rest
-    return _implementation.backward(_call(*inputs, spec, binding, plan), grad, list(saved), list(needs))
+    return _implementation.backward(call_of(*inputs, spec, binding, plan), grad, list(saved), list(needs))
 
 
 def _backward_fake(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:

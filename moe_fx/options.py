@@ -64,6 +64,8 @@ def resolve(options: dict[str, Any] | None, mode: str | None = None) -> Options:
             raise MoEFxOptionError(f"option {name!r} is not available in this version: {_NOT_BUILT[name]} is not built")
     if given.get("memory") == "replace":
         raise MoEFxOptionError('memory="replace" is not available in this version; use "copy"')
+    if given.get("inductor") and given.get("inner_backend", "inductor") != "inductor":
+        raise MoEFxOptionError(f"option 'inductor' has settings, but inner_backend is {given['inner_backend']!r}")
     if str(given.get("mode")).startswith("max-autotune"):
         given.setdefault("tune", True)
     return Options(**given)

@@ -37,6 +37,12 @@ def out_of_memory(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(error)
 
 
+def not_run(error: Exception, where: str, what: str = "") -> Reject:
+    """Why a block did not run on samples: the user's code may raise anything, and memory may not suffice."""
+    code = "verify.memory" if out_of_memory(error) else "verify.run"
+    return Reject(code, f"{what}{type(error).__name__}: {error}".splitlines()[0], where)
+
+
 CODES: dict[str, str] = {
     # FIND
     "find.no_experts": "experts are chosen, but no matrices that come E at a time depend on the choice",

@@ -165,7 +165,7 @@ def _drop_from(store: weakref.ref[WeightStore], key: Key) -> None:
 def _by_operand(binding: WeightBinding, operands: list[Tensor], experts: int) -> list[_Group]:
     groups, position = [], 0
     for operand in binding.operands:
-        count = experts if operand.form == "list" and operand.role != "norm" else 1
+        count = operand.count(experts)
         groups.append((operand, operands[position : position + count]))
         position += count
     if position != len(operands):

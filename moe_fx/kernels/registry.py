@@ -50,7 +50,7 @@ class Capability:
     accumulate: frozenset[str]
     out_dtypes: frozenset[str]
     transposed: frozenset[bool] = frozenset({False, True})
-    backward: Literal["save", "recompute", ""] = "save"
+    backward: Literal["save", "recompute", ""] = ""
     packages: frozenset[str] = frozenset()
     gated: frozenset[bool] = frozenset({True, False})
     size_multiple: int = 1

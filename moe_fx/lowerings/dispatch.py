@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, WeightBinding, bind, parse_binding
@@ -18,7 +19,7 @@ from moe_fx.kernels.experts.backward import experts_backward
 from moe_fx.kernels.registry import Kernel, kernel
 from moe_fx.ops import Attributes, Call, contiguous_like
 from moe_fx.plan import Plan, parse_plan
-from moe_fx.reasons import MoEFxError, MoEFxRuntimeError
+from moe_fx.reasons import MoEFxError, MoEFxRuntimeError, out_of_memory
 from moe_fx.spec import MoESpec, parse
 from moe_fx.weights import STORE
 
@@ -55,14 +56,17 @@ class Dispatch:
         self, call: Call, grad: Tensor, saved: list[Tensor], needs: list[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         spec, binding, _, _ = _parsed(call.attrs)
-        grads = [contiguous_like(o) for o in call.operands] if any(needs) else None
-        views = None if grads is None else bind(binding, grads, spec.expert.experts)
+        # a gradient that nobody wants is bound on meta, where nothing is written
+        grads = [
+            contiguous_like(o) if need else torch.empty_like(o, device="meta")
+            for o, need in zip(call.operands, needs, strict=True)
+        ]
+        views = bind(binding, grads, spec.expert.experts) if any(needs) else None
         with _named("the backward", call, spec):
             experts = _experts(call, "view")
             dx, dweights = experts_backward(grad, call.x, call.ids, call.weights, experts, spec, views, saved)
-        if grads is None:
-            return dx, dweights, [o.new_empty(0) for o in call.operands]
-        return dx, dweights, [g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True)]
+        wanted = zip(grads, call.operands, needs, strict=True)
+        return dx, dweights, [g if need else o.new_empty(0) for g, o, need in wanted]
 
 
 def _kernel(call: Call) -> Kernel:
@@ -87,4 +91,6 @@ def _named(what: str, call: Call, spec: MoESpec) -> Iterator[None]:
     except MoEFxError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise  # as torch says it: callers free memory and try again
         raise MoEFxRuntimeError(f"{what} failed on {call.x.shape[0]} tokens of {spec}: {error}") from error

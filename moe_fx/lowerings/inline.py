@@ -9,6 +9,9 @@ With a symbolic number of tokens, or none of the plan's, the op stays what it is
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from moe_fx.binding import bind, parse_binding
 from moe_fx.kernels.registry import Kernel, kernel
+from moe_fx.ops import call_of
 from moe_fx.ops_moe import routed
 from moe_fx.plan import parse_plan
 from moe_fx.spec import parse
@@ -35,13 +39,33 @@ def inline(gm: GraphModule) -> None:
         calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in _OPS and _inlined(n)]
         for node in calls:
             node.target = _OPS[node.target]
+            node.args = (*node.args[:-1], f"{node.args[-1]} code={_code()}")
         if calls:
             module.recompile()
+
+
+def register_decompositions() -> None:
+    """Tells Inductor about our two ops, once.  A table handed to ``compile_fx`` would turn its caches off."""
+    from torch._inductor import decomposition
+
+    ours = decompositions()
+    if not ours.keys() <= decomposition.decompositions.keys():
+        decomposition.decompositions.update(ours)
+        decomposition.fast_random_decomps.cache_clear()  # a copy made before
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inline op → a function that gives its result from ATen ops."""
     return {torch.ops.moe_fx.experts_inline.default: _experts, torch.ops.moe_fx.moe_inline.default: _moe}
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A hash of the code that an inline kernel is made of: what Inductor compiled from another is not taken from its
+    cache."""
+    package = Path(__file__).parent.parent
+    files = [package / "binding.py", *sorted(package.glob("kernels/**/*.py")), *sorted(package.glob("reference/*.py"))]
+    return sha256(b"".join(f.read_bytes() for f in (*files, Path(__file__)))).hexdigest()[:12]
 
 
 def inline_kernel(plan: str, tokens: object) -> Kernel | None:
@@ -57,10 +81,10 @@ def run_inline(
     chosen = inline_kernel(plan, x.shape[0])
     if chosen is None:
         return None
-    parsed = parse(spec)
-    experts = bind(parse_binding(binding), list(operands), parsed.expert.experts)
+    parsed, call = parse(spec), call_of(x, ids, weights, operands, spec, binding, plan)
+    experts = bind(parse_binding(binding), call.operands, parsed.expert.experts)
     with torch._C._DisableAutocast():
-        return chosen.forward(x, ids, weights, experts, parsed)
+        return chosen.forward(call.x, call.ids, call.weights, experts, parsed)
 
 
 def _inlined(node: Node) -> bool:
@@ -76,6 +100,8 @@ def _experts(*args: Any) -> Any:
 
 
 def _moe(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str) -> Any:
+    if inline_kernel(plan, x.shape[0]) is None:
+        return NotImplemented
     with torch._C._DisableAutocast():
         ids, weights, mine, experts_binding = routed(x, logits, operands, spec, binding)
     return run_inline(x, ids, weights, mine, spec, experts_binding, plan), ids, weights

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from moe_fx.lowerings.inline import decompositions, inline
+from moe_fx.lowerings.inline import register_decompositions
 from moe_fx.options import Options
 from moe_fx.reasons import MoEFxOptionError
 
@@ -18,13 +18,10 @@ def compile_inner(gm: GraphModule, example_inputs: list[Any], options: Options) 
     if options.inner_backend == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
-        from torch._inductor.decomposition import select_decomp_table
 
         patches = dict(list_mode_options(options.mode)) if options.mode and options.mode != "default" else {}
-        inline(gm)
-        table = {**select_decomp_table(), **decompositions()}
-        settings = {**patches, **options.inductor}
-        compiled: Any = compile_fx(gm, example_inputs, config_patches=settings, decompositions=table)
+        register_decompositions()
+        compiled: Any = compile_fx(gm, example_inputs, config_patches={**patches, **options.inductor})
         return compiled
     try:
         backend = torch._dynamo.lookup_backend(options.inner_backend)

@@ -5,7 +5,7 @@ a graph and for machines that are not here.
 """
 
 from moe_fx.oracle.engine import choose
-from moe_fx.oracle.request import LAYOUTS, Request
+from moe_fx.oracle.request import Request, layouts
 from moe_fx.oracle.tune import tuned
 
-__all__ = ["LAYOUTS", "Request", "choose", "tuned"]
+__all__ = ["Request", "choose", "layouts", "tuned"]

@@ -15,7 +15,7 @@ from moe_fx.binding import WeightBinding
 from moe_fx.hardware import Device
 from moe_fx.kernels.registry import Kernel
 from moe_fx.oracle.price import seconds, workload
-from moe_fx.oracle.request import LAYOUTS, Request
+from moe_fx.oracle.request import Request, layouts
 from moe_fx.oracle.vetoes import Case, vetoes
 from moe_fx.plan import Plan, Range, Verdict
 from moe_fx.reasons import MoEFxOptionError, MoEFxUnsupportedError, Reject
@@ -46,7 +46,7 @@ def choose(
     if REFERENCE not in kernels:
         raise ValueError(f"the kernel {REFERENCE!r} must be among the candidates; given: {', '.join(sorted(kernels))}")
     ordered = sorted(kernels.values(), key=lambda k: (k.rank, k.name))
-    cases = [Case(spec, binding, request, device, kernel, layout) for kernel in ordered for layout in LAYOUTS]
+    cases = [Case(spec, binding, request, device, kernel, layout) for kernel in ordered for layout in layouts()]
     reasons = {case.candidate: vetoes(case) for case in cases}
     survivors = [case for case in cases if not reasons[case.candidate]]
     if not survivors:
@@ -57,10 +57,12 @@ def choose(
     by_name = {case.kernel.name: case for case in survivors}
     runtime = [case for case in survivors if not case.kernel.capability.compiled]
     pool = [case for case in runtime if case.kernel.name != REFERENCE] or runtime or survivors
+    if request.training:  # one kernel that saves nothing would cost every range what the others save
+        pool = [case for case in pool if case.kernel.capability.backward == "save"] or pool
     keys = {case.candidate: _key(case, price[case.kernel.name], request) for case in pool}
     layout = min(
         dict.fromkeys(case.layout for case in pool),
-        key=lambda name: (_score([keys[c.candidate] for c in pool if c.layout == name]), LAYOUTS.index(name)),
+        key=lambda name: (_score([keys[c.candidate] for c in pool if c.layout == name]), layouts().index(name)),
     )
     ranges = _ranges({case.kernel.name: keys[case.candidate] for case in pool if case.layout == layout})
     inline = _inline(survivors, layout, ranges, lambda name: _key(by_name[name], price[name], request))

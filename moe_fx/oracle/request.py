@@ -7,13 +7,18 @@ from typing import Literal, get_args
 
 import torch
 
+from moe_fx.kernels.layouts import LAYOUTS as PACKED
 from moe_fx.reasons import MoEFxOptionError
 
 Memory = Literal["view", "copy", "replace"]
 Policy = Literal["price", "priority"]
 
 VIEW = "view"
-LAYOUTS = (VIEW, "stacked", "transposed")  # in the order that decides between equal prices: no copy without a gain
+
+
+def layouts() -> tuple[str, ...]:
+    """Every layout, in the order that decides between equal prices: no copy without a gain."""
+    return (VIEW, *PACKED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +42,8 @@ class Request:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        layouts = (None, *LAYOUTS)
-        for name, allowed in (("memory", get_args(Memory)), ("policy", get_args(Policy)), ("layout", layouts)):
+        known = (("memory", get_args(Memory)), ("policy", get_args(Policy)), ("layout", (None, *layouts())))
+        for name, allowed in known:
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(repr, allowed))
                 raise MoEFxOptionError(f"{name}={getattr(self, name)!r} is not one of {choices}")

@@ -14,6 +14,7 @@ from operator import attrgetter
 
 from moe_fx.binding import WeightBinding
 from moe_fx.hardware import Device
+from moe_fx.kernels.layouts import find_layout
 from moe_fx.kernels.registry import Kernel
 from moe_fx.oracle.request import VIEW, Request, itemsize
 from moe_fx.reasons import Reject
@@ -34,6 +35,11 @@ class Case:
     @property
     def candidate(self) -> str:
         return f"{self.kernel.name}/{self.layout}"
+
+    @property
+    def stored(self) -> WeightBinding:
+        """The storage that the kernel would read."""
+        return self.binding if self.layout == VIEW else find_layout(self.layout).binding(self.binding)
 
     def reject(self, code: str, text: str) -> Reject:
         return Reject(code, text, self.kernel.name)
@@ -70,7 +76,7 @@ def _biases(case: Case) -> Reject | None:
 
 
 def _forms(case: Case) -> Reject | None:
-    stored = {o.form for o in case.binding.operands if o.role != "norm"} if case.layout == VIEW else {"stacked"}
+    stored = {o.form for o in case.stored.operands if o.role != "norm"}
     known = case.kernel.capability.forms
     unknown = [form for form in stored if form not in known]
     if not unknown:
@@ -80,8 +86,7 @@ def _forms(case: Case) -> Reject | None:
 
 def _orientation(case: Case) -> Reject | None:
     known = case.kernel.capability.transposed
-    stored = {o.transposed for o in case.binding.operands if o.role.startswith("w") and not o.role.endswith("_bias")}
-    stored = stored if case.layout == VIEW else {case.layout == "transposed"}
+    stored = {o.transposed for o in case.stored.operands if o.role.startswith("w") and not o.role.endswith("_bias")}
     if stored <= known:
         return None
     names = {False: "[out, in]", True: "[in, out]"}
@@ -120,7 +125,7 @@ def _compiled(case: Case) -> Reject | None:
 def _copy_allowed(case: Case) -> Reject | None:
     if case.layout == VIEW or case.request.memory != "view":
         return None
-    text = f"layout {case.layout!r} is a packed copy and memory='view' forbids it; allow 'copy' or 'replace'"
+    text = f"layout {case.layout!r} is a packed copy and memory='view' forbids it; allow 'copy'"
     return case.reject("veto.storage", text)
 
 

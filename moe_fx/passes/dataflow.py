@@ -69,6 +69,17 @@ def target_name_of(target: object) -> str:
     return getattr(target, "__name__", str(target))
 
 
+_TARGETS: dict[object, int] = {}  # strong references: a number is never given twice
+
+
+def identity(node: Node) -> str:
+    """What a node calls, the same for two nodes exactly if they call the same: two functions of one name differ."""
+    target = node.target
+    if isinstance(target, (str, torch._ops.OpOverload)):
+        return str(target)
+    return f"{target_name(node)}#{_TARGETS.setdefault(target, len(_TARGETS))}"
+
+
 def is_integer(t: Tensor) -> bool:
     return not t.dtype.is_floating_point and not t.dtype.is_complex
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_fx.passes.dataflow import target_name, value
+from moe_fx.passes.dataflow import identity, value
 from moe_fx.passes.regions import Region
 
 
@@ -30,7 +30,7 @@ def fingerprint(region: Region, *context: object) -> str:
     for i, node in enumerate(region.nodes):
         names[node] = f"n{i}"
         args = text_of((node.args, node.kwargs), names, symbols)
-        lines.append(f"n{i} {node.op} {target_name(node)} {getattr(node.target, '__module__', '')} {args}")
+        lines.append(f"n{i} {node.op} {identity(node)} {args}")
         lines.append(describe_value(value(node), symbols, {}))
     lines.append(repr(region.mode))
     roles = (region.x, region.ids, region.weights, region.out, region.end, region.scores)

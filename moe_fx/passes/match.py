@@ -24,7 +24,7 @@ from moe_fx.passes.dataflow import fake, target_name, tensor
 from moe_fx.passes.exact import Product, Watch, run_exact
 from moe_fx.passes.regions import Region
 from moe_fx.passes.sampling import Sample, Sampler, constants
-from moe_fx.reasons import Reject
+from moe_fx.reasons import Reject, not_run
 from moe_fx.reference import ACTIVATIONS
 from moe_fx.reference.activations import Activation
 from moe_fx.spec import CombineSpec, DTypeName, ExpertSpec, MoESpec, Norm
@@ -74,7 +74,7 @@ def propose(region: Region, sampler: Sampler) -> list[Proposal] | Reject:
         with torch.no_grad():
             run_exact(region.module(), sample.inputs, watch)
     except Exception as error:  # noqa: BLE001  any failure of the user's code on samples means: not understood
-        return Reject("verify.run", f"{type(error).__name__}: {error}".splitlines()[0], region.out.name)
+        return not_run(error, region.out.name)
     views = [seen for seen in (_by_product(region, watch), *_by_node(region, watch)) if seen is not None]
     if not views:
         return Reject("match.products", "not every expert weight takes part in a matrix product", region.out.name)

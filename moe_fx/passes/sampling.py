@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_fx.passes.dataflow import fake, target_name, tensor, value
+from moe_fx.passes.dataflow import fake, value
+from moe_fx.passes.id_range import UNKNOWN_IDS, IdRange
 from moe_fx.passes.regions import Region, numel, runnable
 
 Pattern = str  # "random", "few", "first", "last", "duplicates", "cover <first expert>", "outside <id>"
@@ -29,8 +30,6 @@ MEMORY_BUDGET = 2 << 30  # bytes of filled expert weights, and of rows gathered,
 
 _MOST_TOKENS = 1025
 _ROUTINGS: tuple[Pattern, ...] = ("random", "few", "last", "first")
-IdRange = tuple[float, float, bool]
-UNKNOWN_IDS: IdRange = (-math.inf, math.inf, False)
 
 
 @dataclass(slots=True)
@@ -89,7 +88,7 @@ class Sampler:
         """Further samples, for decisions that those of ``patterns`` took one way only: every expert in turn, rows just
         within and just beyond each number in the block."""
         region, tokens = self.region, max(self.token_counts())
-        step = min(tokens * region.top_k, len(self._chosen(region.top_k)))
+        step = min(tokens, len(self._chosen(region.top_k)))
         limits = [*_magnitudes(region.nodes), 1.0]
         for factor in (0.3, 3.0):
             for i in range(-(-self.experts // step)):
@@ -218,8 +217,8 @@ class Sampler:
 
     def _ids(self, tokens: int, k: int, pattern: Pattern, chosen: list[int]) -> Tensor:
         pool = torch.tensor(chosen)
-        if pattern.startswith("cover"):
-            return pool[torch.arange(tokens * k) % len(pool)].view(tokens, k)
+        if pattern.startswith("cover"):  # every expert in every slot
+            return pool[(torch.arange(tokens).unsqueeze(1) + torch.arange(k)) % len(pool)]
         if pattern == "few":
             pool = pool[: max(k, len(chosen) // 2)]
         elif pattern == "first":
@@ -291,77 +290,6 @@ def _magnitudes(nodes: Iterable[Node]) -> list[float]:
     leaves = torch.utils._pytree.tree_leaves([(node.args, node.kwargs) for node in nodes])
     found = {abs(float(a)) for a in leaves if isinstance(a, (int, float)) and not isinstance(a, bool)}
     return sorted(a for a in found if 0 < a < math.inf)
-
-
-def id_range(node: Node, buffers: dict[Node, Tensor], depth: int = 40) -> IdRange:
-    """(lowest, highest, distinct within a row): what is certain about integer ids from how they were computed."""
-    name, args = target_name(node), node.args or tuple(node.kwargs.values())
-    if depth == 0 or (not args and node not in buffers):
-        return UNKNOWN_IDS
-    if node in buffers:
-        held = buffers[node]
-        return (float(held.min()), float(held.max()), False) if held.numel() else UNKNOWN_IDS
-    if name in ("getitem", "__getitem__") and isinstance(args[0], Node):
-        source = args[0]
-        if target_name(source) in ("topk", "max", "min", "sort") and args[1] == 1:
-            return 0.0, _last_index(source), True
-        low, high, _ = id_range(source, buffers, depth - 1)
-        return low, high, False
-    if name in ("argmax", "argmin", "argsort"):
-        return 0.0, _last_index(node), True
-    if name in _KEEPS_VALUES and isinstance(args[0], Node):
-        return id_range(args[0], buffers, depth - 1)
-    if name in ("clamp", "clamp_", "clip") and isinstance(args[0], Node):
-        bounds = [*args[1:], None, None]
-        low, high, _ = id_range(args[0], buffers, depth - 1)
-        floor, ceiling = node.kwargs.get("min", bounds[0]), node.kwargs.get("max", bounds[1])
-        return _at(floor, low, max), _at(ceiling, high, min), False
-    if name in ("masked_fill", "where", "cat", "concat", "concatenate", "stack"):
-        chosen = {"where": args[1:], "masked_fill": (args[0], args[-1])}.get(name, args[0])
-        operands = list(chosen)  # type: ignore[arg-type]
-        ranges = [
-            id_range(o, buffers, depth - 1) if isinstance(o, Node) else (float(o), float(o), False)
-            for o in operands
-            if isinstance(o, (Node, int, float))
-        ]
-        if name == "masked_fill":
-            ranges[0] = _without(ranges[0], args[0], args[1])
-        if not ranges:  # where(mask): positions
-            return UNKNOWN_IDS
-        return min(r[0] for r in ranges), max(r[1] for r in ranges), False
-    return UNKNOWN_IDS
-
-
-def _without(found: IdRange, node: object, mask: object) -> IdRange:
-    """The range left where ``mask`` is ``node == highest`` (or ``node >= n``) and those values are replaced."""
-    if not isinstance(mask, Node) or not mask.args or mask.args[0] is not node:
-        return found
-    low, high, distinct = found
-    bound = mask.args[1]
-    name = target_name(mask).strip("_")
-    if isinstance(bound, int) and ((name == "ge" and bound <= high) or (name == "eq" and bound == high)):
-        return low, float(bound - 1), distinct
-    return found
-
-
-_KEEPS_VALUES = {"reshape", "view", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "unsqueeze"}
-_KEEPS_VALUES |= {"squeeze", "type", "expand"}
-
-
-def _at(bound: object, current: float, pick: Any) -> float:
-    return pick(current, float(bound)) if isinstance(bound, (int, float)) else current
-
-
-def _last_index(node: Node) -> float:
-    """Highest index that a selection along the last dimension of ``node``'s input can give."""
-    source = (*node.args, *node.kwargs.values())[0]
-    t = tensor(source) if isinstance(source, Node) else None
-    dim = node.kwargs.get("dim", node.args[2] if target_name(node) == "topk" and len(node.args) > 2 else None)
-    if dim is None and len(node.args) > 1 and target_name(node) != "topk":
-        dim = node.args[1]
-    dim = -1 if dim is None else dim
-    size = t.shape[dim] if t is not None and isinstance(dim, int) else None
-    return float(size - 1) if isinstance(size, int) else math.inf
 
 
 def free_symbols(size: object) -> set[Any]:

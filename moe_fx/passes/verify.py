@@ -22,11 +22,12 @@ from moe_fx.binding import bind
 from moe_fx.passes.coverage import Coverage
 from moe_fx.passes.dataflow import fake, tensors
 from moe_fx.passes.exact import run_exact
+from moe_fx.passes.id_range import IdRange
 from moe_fx.passes.match import Proposal, sample_operands
 from moe_fx.passes.regions import Region
-from moe_fx.passes.sampling import IdRange, Sample, Sampler
+from moe_fx.passes.sampling import Sample, Sampler
 from moe_fx.passes.shrink import Twin
-from moe_fx.reasons import Reject
+from moe_fx.reasons import Reject, not_run
 from moe_fx.reference import experts_backward, experts_forward
 
 Fused = Callable[[Tensor, Tensor, Tensor, list[Tensor], Proposal], list[Tensor]]
@@ -84,7 +85,7 @@ def _same_formula(
                 coverage.drop()
             if sample.label.startswith("outside"):
                 return None  # this id out of range is an error there: nothing to preserve
-            return Reject("verify.run", f"{type(error).__name__}: {error}".splitlines()[0], sample.label)
+            return not_run(error, sample.label)
         ours = _reference(proposal, sample, _weights(sample, scores))
     difference = _by_row(ours, theirs.reshape(ours.shape))
     if difference > _FORMULA:
@@ -233,7 +234,7 @@ def _same_rounding(region: Region, proposal: Proposal, sample: Sample, fused: Fu
         try:
             theirs, *scores = region.run(sample.inputs)
         except Exception as error:  # noqa: BLE001  as above: anything may be raised
-            return Reject("verify.run", f"{type(error).__name__}: {error}".splitlines()[0], sample.label)
+            return not_run(error, sample.label)
         operands = sample_operands(proposal, sample)
         weights = _weights(sample, scores)
         results = fused(sample.x, sample.ids, weights, operands, proposal)

@@ -101,7 +101,7 @@ _pointwise("relu2", lambda a: F.relu(a).square(), lambda a: 2 * F.relu(a))
 _pointwise("sigmoid", torch.sigmoid, _dsigmoid)
 _pointwise("tanh", torch.tanh, lambda a: 1 - torch.tanh(a).square())
 _pointwise("identity", lambda a: a, torch.ones_like)
-_pointwise("leaky_relu", lambda a: F.leaky_relu(a, 0.01), lambda a: torch.where(a > 0, 1.0, 0.01).to(a.dtype))
+_pointwise("leaky_relu", lambda a: F.leaky_relu(a, 0.01), lambda a: torch.where(a > 0, 1.0, a.new_tensor(0.01)))
 _pointwise("elu", F.elu, lambda a: torch.where(a > 0, 1.0, a.exp()).to(a.dtype))
 _pointwise("mish", F.mish, lambda a: _dmish(a))
 

@@ -59,8 +59,7 @@ def experts_backward(
     """dy [T, H] → (dx [T, H], dweights [T, k]); weight gradients are written into ``grads``, which starts as zeros and
     views the model's storage exactly as ``experts`` does.  Activations are recomputed."""
     on_input = spec.combine.weight_on == "input"
-    dx = torch.zeros_like(x)
-    dweights = torch.zeros_like(weights)
+    dx, dweights = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, weights))
     for e in range(spec.expert.experts):
         token, slot = torch.where(ids == e)
         if token.numel() == 0:

@@ -8,6 +8,7 @@ Imports nothing of ours unless asked to; test_isolation.py compares the outputs.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
 import threading
@@ -16,13 +17,13 @@ from typing import Any
 
 def main(what: str) -> None:
     if what == "before":
-        pass
+        importlib.import_module("moe_fx.backend")
     import torch
 
     from tests.zoo.samples import build
 
     if what == "after":
-        pass
+        importlib.import_module("moe_fx.backend")
     if what in ("used", "uninstalled"):
         use()
     if what == "thread":

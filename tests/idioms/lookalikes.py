@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .harness import EXPERTS, HIDDEN, TOP_K, Arguments, hidden_states
-from .parts import ExpertList, Gated, Mlp, Router, Stacked
+from .parts import ExpertList, Gated, Joined, Mlp, Router, Stacked
 
 Function = Callable[..., Tensor]
 
@@ -368,3 +368,45 @@ class RoutingByName(ExpertList):
             token, slot = torch.where(ids == e)
             out.index_add_(0, token, expert(x[token]) * weights[token, slot, None].relu())
         return out
+
+
+# --- ids that repeat within a row, whatever topk says
+
+
+@lookalike()
+class TwoHeadsOfARouter(Joined):
+    """Each of two heads chooses its own experts; one that both chose counts once (scatter keeps the last)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.Linear(HIDDEN, 2 * EXPERTS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.heads(x).view(-1, 2, EXPERTS).softmax(-1).topk(TOP_K, dim=-1)
+        return _scattered(self, x, weights.reshape(-1, 2 * TOP_K), ids.reshape(-1, 2 * TOP_K))
+
+
+@lookalike()
+class OneChoiceExpanded(Joined):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(1, dim=-1)
+        return _scattered(self, x, weights.expand(-1, TOP_K), ids.expand(-1, TOP_K))
+
+
+@lookalike()
+class LargerOfTwoChoices(Joined):
+    """``torch.max`` of two tensors selects nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        return _scattered(self, x, weights, torch.max(ids, ids.flip(1)))
+
+
+def _scattered(block: Joined, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    share = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+    out = torch.einsum("tei,ehi->teh", block.act(torch.einsum("th,eoh->teo", x, block.w13)), block.w2)
+    return (out * share.unsqueeze(-1)).sum(1)

@@ -33,6 +33,7 @@ def capability(**changes: Any) -> Capability:
         compute_dtypes=ANY,
         accumulate=ANY,
         out_dtypes=ANY,
+        backward="save",
     )
     return Capability(**(everything | changes))
 

@@ -64,7 +64,7 @@ def _positive_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def _ids_believed_inside(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(backend, "id_range", lambda node, buffers: (0.0, EXPERTS - 1.0, True))
+    patch.setattr(backend, "id_range", lambda node, buffers, top_k: (0.0, EXPERTS - 1.0, True))
 
 
 def _always_the_first_experts(patch: pytest.MonkeyPatch) -> None:
@@ -159,6 +159,21 @@ def test_constants_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _first_and_second(_leaky(0.01), _leaky(0.3))
 
 
+def _opaque(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    def act(rows: Tensor) -> Tensor:  # every one has this name
+        return function(rows)
+
+    torch.manual_seed(0)
+    return ExpertList(partial(Mlp, torch.compiler.allow_in_graph(act)))
+
+
+def test_functions_of_one_name_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _first_and_second(_opaque(F.silu), _opaque(F.gelu))
+    moe_fx.reset()
+    monkeypatch.setattr(fingerprint, "identity", dataflow.target_name)
+    assert _first_and_second(_opaque(F.silu), _opaque(F.gelu))
+
+
 class _Detached(ExpertList):
     """Left alone in training, right in inference."""
 
@@ -246,7 +261,7 @@ def _swapped(proposal: match.Proposal) -> match.Proposal:
 
 def test_float64_is_not_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were casts not neutralised, a block that computes in float32 inside would differ by its rounding."""
-    monkeypatch.setattr(exact, "_widen", lambda dtype: dtype)
+    monkeypatch.setattr(exact, "_real", lambda wanted: wanted)
     torch.manual_seed(0)
     module = ExpertList(lambda: Mlp(lambda a: F.relu(a.to(torch.bfloat16)).float()))
     run(compiled(module), module, (hidden_states(10),), False)

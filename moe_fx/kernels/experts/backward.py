@@ -45,13 +45,15 @@ def experts_backward(
 
     saved: what the forward kept, the up products [T * k, ·] of sorted rows; none are computed again.
     Weight gradients are written into ``grads``, viewed exactly as ``experts`` views the weights; what it holds before
-    is overwritten, with zeros for experts without rows.  None: the weights are frozen and no product is spent on them.
+    is overwritten, with zeros for experts without rows.  A member on meta, or None for all, is of frozen weights: no
+    product is spent on it.
     """
     rows = sort_rows(ids, spec.expert.experts)
     if grads is not None:
         _clear(grads, set(range(spec.expert.experts)) - {expert for expert, _, _ in rows.segments})
     if not rows.used:
-        return torch.zeros_like(x), torch.zeros_like(weights)
+        dx, dweights = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, weights))
+        return dx, dweights
     job = _Job(dy, x, weights, experts, spec, grads, rows, saved)
     for chunk in rows.chunks(CHUNK):
         job.chunk(chunk)
@@ -141,8 +143,7 @@ class _Job:
             self.dweights[first:last] = (d_out.to(self.dweights.dtype) * normed).sum(-1)
             d_out = d_out * w
         d_out, dnorm = norm_backward(d_out.to(self.dtype), out, experts.norm, spec)
-        if self.grads is not None:
-            assert self.grads.norm is not None
+        if self.grads is not None and self.grads.norm is not None and not self.grads.norm.is_meta:
             self.grads.norm += dnorm.to(self.grads.norm.dtype)
         return d_out
 
@@ -159,12 +160,14 @@ class _Job:
 
     def _write(self, grads: Experts, e: int, d_out: Tensor, hidden: Tensor, dups: list[Tensor], inputs: Tensor) -> None:
         _write_product(grads.down[e], d_out, hidden)
-        if grads.down_bias is not None:
-            grads.down_bias[e].copy_(d_out.sum(0))
         for dmatrix, d in zip(grads.up, dups, strict=True):
             _write_product(dmatrix[e], d, inputs)
-        for dbias, d in zip(grads.up_bias, dups, strict=False):
-            dbias[e].copy_(d.sum(0))
+        biases = [*zip(grads.up_bias, dups, strict=False)]
+        if grads.down_bias is not None:
+            biases.append((grads.down_bias, d_out))
+        for dbias, d in biases:
+            if not dbias[e].is_meta:
+                dbias[e].copy_(d.sum(0))
 
 
 def _clear(grads: Experts, unused: set[int]) -> None:
@@ -179,6 +182,8 @@ def _clear(grads: Experts, unused: set[int]) -> None:
 
 def _write_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     """target [out, in] = left' right, without a temporary where the dtypes agree."""
+    if target.is_meta:
+        return
     if target.dtype != left.dtype:
         target.copy_(left.t() @ right)
     elif target.stride(-1) == 1:

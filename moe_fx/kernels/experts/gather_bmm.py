@@ -1,7 +1,7 @@
 """A handful of rows: copy the weights that each row needs and multiply in one batch.  No sort, no host synchronisation.
 
-Meant for a GPU that decodes one token, where launches and synchronisations cost more than the copy.  On a CPU
-``sorted_loop`` reads the same weights in place and always wins.
+Meant for a GPU that decodes one token, and for experts so small that launches and synchronisations cost more than the
+copy.
 """
 
 from __future__ import annotations

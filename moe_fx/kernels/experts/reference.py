@@ -25,6 +25,7 @@ ALL = Capability(
     compute_dtypes=DTYPES | {""},
     accumulate=DTYPES | {""},
     out_dtypes=DTYPES | {""},
+    backward="save",
 )
 # One torch.mm per expert, share of peak by rows: bf16, Zen 5, two cores (docs: CPU.md); fp32 through MKL reaches half.
 EFFICIENCY = ((1, 0.04), (2, 0.055), (8, 0.17), (32, 0.43), (128, 0.7), (512, 0.8))

@@ -26,7 +26,7 @@ from moe_fx.passes.exact import run_exact
 from moe_fx.passes.routers.region import RouterRegion
 from moe_fx.passes.routers.samples import EVERY, EXACT, RouterSample, RouterSampler
 from moe_fx.passes.sampling import constants
-from moe_fx.reasons import Reject
+from moe_fx.reasons import Reject, not_run
 from moe_fx.reference.experts import dtype_of
 from moe_fx.reference.router import choice_of, route, route_backward, weights_of
 from moe_fx.spec import DTypeName, RouterSpec
@@ -74,7 +74,7 @@ def recognise(region: RouterRegion, training: bool) -> Hypothesis | Reject:
     try:
         exact = [_run_exact(region, s) for s in RouterSampler(region).samples(EXACT, torch.float64)]
     except Exception as error:  # noqa: BLE001  the user's code may raise anything on samples: not understood
-        return Reject("verify.run", f"router: {type(error).__name__}: {error}".splitlines()[0], region.logits.name)
+        return not_run(error, region.logits.name, "router: ")
     chosen = [h for h in selections(region, choice) if all(_same_ids(h, seen, region.top_k) for seen in exact)]
     if not chosen:
         return Reject(
@@ -269,7 +269,7 @@ def _in_own_dtypes(region: RouterRegion, choice: Node, formulas: list[Hypothesis
     try:
         seen = [_run(region, s) for s in RouterSampler(region, seed=1).samples(EVERY, None)]
     except Exception as error:  # noqa: BLE001  as above
-        return Reject("verify.run", f"router: {type(error).__name__}: {error}".splitlines()[0], region.logits.name)
+        return not_run(error, region.logits.name, "router: ")
     within: Hypothesis | None = None
     worst = ""
     chosen_from = choice.args[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.passes.banks import PRODUCTS
-from moe_fx.passes.dataflow import Dataflow, Mode, fake, target_name, tensor, tensors
+from moe_fx.passes.dataflow import Dataflow, Mode, fake, identity, target_name, tensor, tensors
 from moe_fx.passes.fingerprint import describe_value, text_of
 from moe_fx.passes.regions import same
 from moe_fx.reasons import Reject
@@ -78,7 +78,7 @@ class RouterRegion:
             lines.append(describe_value(node.meta.get("example_value", node.meta.get("val")), symbols, storages))
         for i, node in enumerate(self.nodes):
             names[node] = f"n{i}"
-            lines.append(f"{node.op} {target_name(node)} {text_of((node.args, node.kwargs), names, symbols)}")
+            lines.append(f"{node.op} {identity(node)} {text_of((node.args, node.kwargs), names, symbols)}")
         return "\n".join([*lines, names[self.ids], names[self.weights]])
 
 
