@@ -17,7 +17,7 @@ from moe_fx.lowerings.inline import decompositions
 from moe_fx.reasons import MoEFxRuntimeError
 from tests.test_ops import CASES, Case
 
-from .helpers import Block, ListBlock, Stack, assert_close, compiled, tokens
+from .helpers import Block, ListBlock, Stack, assert_close, compiled, fresh, tokens
 
 # per case of the op's own tests that a compiled kernel may serve: stacked storage, nothing transposed
 SERVED = [c for c in CASES if "list" not in c.binding and "in_out" not in c.binding and c.backward == "recompute"]
@@ -122,3 +122,26 @@ def test_a_case_covers_every_feature_of_the_spec() -> None:
     assert any(s.expert.norm for s in served)
     assert any(not s.expert.gated for s in served)
     assert replace(SERVED[0]) == SERVED[0]
+
+
+@pytest.mark.slow
+def test_inductors_caches_stay_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second compilation of the same graph is a hit, unless the code of the kernels is another."""
+    from torch._dynamo.utils import counters
+
+    from moe_fx.lowerings import inline
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for code in ("a", "a", "b"):
+        monkeypatch.setattr(inline, "_code", lambda code=code: code)
+        fresh()
+        counters.clear()
+        assert inlined(Stack(), tokens(1, 1))
+        hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+        found.append(
+            (hits, counters["aot_autograd"]["autograd_cache_bypass"] + counters["inductor"]["fxgraph_cache_bypass"])
+        )
+    assert found[0][0] == 0
+    assert found[1][0] > 0
+    assert not any(bypassed for _, bypassed in found)
