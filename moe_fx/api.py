@@ -37,22 +37,22 @@ class _Once:
     _torchdynamo_orig_backend = staticmethod(backend.moe_fx)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return backend.moe_fx(*args, **kwargs)
+        return backend.moe_fx(*args, **kwargs, explain=True)
 
 
 def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
-    """Compiles ``model`` once for these arguments with the rest of the graph left to eager, and returns the report.
+    """Plans ``model`` for these arguments as torch.compile with ``options`` would, and returns the report; what is left
+    of the graph runs eagerly.
 
     The model is run once, in the caller's grad mode: with gradients wanted the plan is one for training.  Nothing is
     changed.  A model on the meta device works too: what its code computes is verified, its rounding is not.
     """
-    chosen = {"inner_backend": "eager", **(options or {})}
-    resolve(chosen)
+    resolve(options)
     once = _Once()
     RECORDER.begin(once)
     compiler: Any = torch.compile
     with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
-        compiler(model, backend=once, options=chosen)(*args, **kwargs)
+        compiler(model, backend=once, options=options)(*args, **kwargs)
     return RECORDER.snapshot()
 
 

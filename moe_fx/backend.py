@@ -37,6 +37,7 @@ from moe_fx.passes.fingerprint import fingerprint
 from moe_fx.passes.id_range import IdRange, id_range
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
+from moe_fx.passes.origin import fqn_of, source_of
 from moe_fx.passes.regions import Region, describe, graph_parts, runnable
 from moe_fx.passes.rewrite import rewrite
 from moe_fx.passes.routers import forget, fuse_routers
@@ -59,24 +60,35 @@ ops.install(Dispatch())
 
 
 def moe_fx(
-    gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+    explain: bool = False,
 ) -> Callable[..., Any]:
-    """A Dynamo backend.  Raises MoEFxOptionError (inside BackendCompilerFailed) for bad options."""
+    """A Dynamo backend.  Raises MoEFxOptionError (inside BackendCompilerFailed) for bad options.
+
+    explain: everything is planned as for the inner backend of ``options``, and the graph then runs eagerly.
+    """
     settings = resolve(options, mode)
+    inner = replace(settings, inner_backend="eager", inductor={}) if explain else settings
     if disabled():
-        return compile_inner(gm, example_inputs, settings)
+        return compile_inner(gm, example_inputs, inner)
     started = time.perf_counter()
     RECORDER.begin(_wrapper())
     graph = _Graph(gm, example_inputs, settings)
     graph.write(lambda dump: dump.graph("captured", gm))
     sites = graph.fuse()
+    if inner.inner_backend == "inductor":
+        sites += graph.lower()
     graph.write(lambda dump: dump.graph("rewritten", gm))
     for site in sites:
         RECORDER.add(site)
     RECORDER.graph(time.perf_counter() - started + graph.captured)
     _warn_if_nothing_matched(RECORDER.snapshot())
     graph.write(lambda dump: dump.report(RECORDER.snapshot()))
-    return compile_inner(gm, example_inputs, settings)
+    return compile_inner(gm, example_inputs, inner)
 
 
 _UNAVAILABLE = hooks.install(moe_fx, lambda: not disabled())  # what this torch lacks; "" when all is there
@@ -143,11 +155,11 @@ class _Graph:
             for graph, weights, buffers in graph_parts(self.gm, self.inputs):
                 found = find_regions(graph, weights)
                 for node, rejects in found.rejects:
-                    sites.append(self._left(node, _fqn(node), tuple(rejects)))
+                    sites.append(self._left(node, fqn_of(node), tuple(rejects)))
                 for region in found.regions:
                     verdict = self._judge(region, buffers)
                     if verdict.proposal is None or verdict.plan is None:
-                        sites.append(self._left(region.down.uses[0], _fqn(region.down.uses[0]), verdict.rejects))
+                        sites.append(self._left(region.down.uses[0], fqn_of(region.down.uses[0]), verdict.rejects))
                         continue
                     proposal = replace(verdict.proposal, operands=tuple(region.inputs[i] for i in verdict.operands))
                     sites.append(self._fused(region, proposal, verdict.plan))
@@ -157,12 +169,13 @@ class _Graph:
         if failed:
             sites.append(self._left(None, "", tuple(failed)))
         self._rewrite(accepted, sites)
-        if accepted and self.options.inner_backend == "inductor":
-            with self._stage("lower") as failed:
-                inline(self.gm)
-            if failed:
-                sites.append(self._left(None, "", tuple(failed)))
         return [replace(s, seconds=tuple(self.seconds.items())) for s in sites]
+
+    def lower(self) -> list[Site]:
+        """Puts what the inner compiler is to see in the place of our ops; a site where that fails."""
+        with self._stage("lower") as failed:
+            inline(self.gm)
+        return [self._left(None, "", tuple(failed))] if failed else []
 
     def _judge(self, region: Region, buffers: dict[Node, Tensor]) -> _Verdict:
         """MATCH, PLAN and VERIFY, once per fingerprint."""
@@ -299,13 +312,13 @@ class _Graph:
     def _fused(self, region: Region, proposal: Proposal, plan: Plan) -> Site:
         node = region.down.uses[0]
         return Site(
-            fqn=_fqn(node),
+            fqn=fqn_of(node),
             fused=True,
             spec=proposal.spec,
             binding=str(proposal.binding),
             plan=plan,
             rejects=(),
-            source=_source(node),
+            source=source_of(node),
             graph=RECORDER.graphs,
             replaced=len(region.nodes),
             note=self._doubt(region),
@@ -322,7 +335,7 @@ class _Graph:
         )
 
     def _left(self, node: Node | None, fqn: str, rejects: tuple[Reject, ...]) -> Site:
-        source = "" if node is None else _source(node)
+        source = "" if node is None else source_of(node)
         note = "" if node is None else describe(node)
         return Site(fqn, False, None, "", None, tuple(rejects), source, RECORDER.graphs, 0, note, ())
 
@@ -365,30 +378,6 @@ def _device(device: torch.device) -> Device:
     if key not in _DEVICES:
         _DEVICES[key] = detect(device)
     return _DEVICES[key]
-
-
-def _fqn(node: Node) -> str:
-    """Dotted name of the innermost module that the node's code belongs to."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack:
-        return "(root)"
-    path = str(stack[-1][0]).replace("L['self']", "").replace("L['fn']", "").lstrip(".")
-    for mark in ("._modules['", "']", '["', "_modules['"):
-        path = path.replace(mark, "." if mark.endswith(("['", '["')) else "")
-    return path.strip(".") or "(root)"
-
-
-def _source(node: Node) -> str:
-    """file:line of the innermost frame outside torch, and its code."""
-    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").strip().splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    files = [i for i in frames if "/torch/" not in lines[i]] or frames
-    if not files:
-        return ""
-    parts = lines[files[-1]].split('"')
-    number = lines[files[-1]].split("line ")[-1].split(",")[0]
-    code = lines[files[-1] + 1] if files[-1] + 1 < len(lines) else ""
-    return f"{parts[1]}:{number} {code}"
 
 
 def reset() -> None:

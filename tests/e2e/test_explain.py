@@ -30,6 +30,14 @@ def test_explain_after_compile_and_compile_after_explain() -> None:
         assert_close(compiled(model)(x), model(x), 1e-6)
 
 
+def test_the_plan_is_the_one_that_inductor_would_get() -> None:
+    with torch.no_grad():
+        report = moe_fx.explain(Stack(), tokens(1, 1))
+        eager = moe_fx.explain(Stack(), tokens(1, 1), options={"inner_backend": "eager"})
+    assert all(s.plan and s.plan.inline for s in report.sites)
+    assert not any(s.plan and s.plan.inline for s in eager.sites)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_plan_is_for_the_callers_grad_mode(grad: bool) -> None:
     with torch.set_grad_enabled(grad):

@@ -314,3 +314,15 @@ def test_a_substitute_that_fails_leaves_the_loop_to_dynamo(monkeypatch: pytest.M
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="capture: ZeroDivisionError"):
         compiled(sample.model, fullgraph=False, strict=True)(**sample.inputs)
+
+
+def test_a_failure_of_lowering_leaves_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(backend, "inline", fail)
+    model, x = Stack(), tokens(1, 1)
+    y, messages = run(compiled(model, inner_backend="inductor"), x)
+    assert_close(y, model(x), 1e-5)
+    assert any("stage lower" in m for m in messages), messages
+    assert internal("lower"), str(moe_fx.last_report())
