@@ -183,6 +183,9 @@ class _Graph:
         training = grad and any(
             t.requires_grad for n in region.inputs if isinstance(t := n.meta.get("example_value"), Tensor)
         )
+        if training and region.overwritten:
+            text = f"{region.overwritten} writes to what the block reads, which its backward would read again"
+            return _Verdict(None, None, rejects=(Reject("find.effect", text, region.overwritten),))
         with self._stage("match") as failed:
             bounds = id_range(region.ids, buffers, region.top_k)
             key = fingerprint(region, bounds, training, self.options)

@@ -24,6 +24,7 @@ from moe_fx.spec import MoESpec
 GRID = (1, *sorted(m << p for p in range(15) for m in (2, 3)), 65536)  # powers of two and the midpoints between them
 PRICED_AT = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
+INLINE_PRICE = 0.7  # of what else would run: prices rank to within about a third (measured: cpu_kernels.py)
 INLINE_MOST = 64  # tokens: a graph for one larger number of tokens is not worth a kernel of its own
 REFERENCE = "reference"  # the kernel of last resort
 Key = Callable[[int], tuple[float, int, str]]  # T → what candidates are sorted by: log price (or rank), rank, name
@@ -109,7 +110,10 @@ def _inline(cases: Sequence[Case], layout: str, ranges: tuple[Range, ...], key: 
     if ranges[0].kernel == name:  # nothing else was allowed
         return Range(1, None, name)
     last = 0
-    while last < INLINE_MOST and key(name)(last + 1) < key(next(r.kernel for r in ranges if last + 1 in r))(last + 1):
+    while last < INLINE_MOST:
+        ours, theirs = (key(n)(last + 1) for n in (name, next(r.kernel for r in ranges if last + 1 in r)))
+        if ours[0] >= theirs[0] + math.log(INLINE_PRICE):
+            break
         last += 1
     return Range(1, last, name) if last else None
 

@@ -45,6 +45,7 @@ _BENDS: dict[str, Callable[..., list[Tensor]]] = {
     "fmin": lambda a, b: [a > b],
     "nan_to_num": lambda a, *_: [a.isnan(), a.isinf()],
 }
+_STEPS = {"round", "floor", "ceil", "trunc", "fix", "frac", "fmod", "remainder", "heaviside", "floor_divide", "frexp"}
 _TESTS = {"eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "any", "all"}
 _TESTS |= {"logical_and", "logical_or", "bitwise_and", "bitwise_or", "logical_not", "signbit"}
 _SAME_IDS = {"reshape", "view", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "unsqueeze", "squeeze"}
@@ -73,6 +74,8 @@ class Coverage:
         if (bends := _BENDS.get(name)) is not None:
             for i, taken in enumerate(bends(*args, **kwargs)):
                 self._note(f"{name}.{i}", taken)
+        elif name in _STEPS and args[0].is_floating_point() and bool((args[0] != args[0].round()).any()):
+            self._note(f"{name}, a step at every number", torch.tensor(True))  # no sample sees them all
         elif name == "nonzero" and args[0].dtype != torch.bool:
             self._note(name, args[0] != 0)
 

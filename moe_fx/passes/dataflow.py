@@ -26,6 +26,7 @@ _INPLACE_OPERATORS = {
 }
 _RANDOM = {"dropout", "rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal_"}
 _RANDOM |= {"uniform_", "bernoulli_", "exponential_", "random_", "randperm", "normal", "alpha_dropout", "rrelu"}
+_RANDOM |= {"poisson", "log_normal_", "cauchy_", "geometric_", "binomial", "gumbel_softmax", "feature_dropout"}
 ASSERTIONS = ("_check", "_assert", "sym_constrain_range", "constrain_as")
 
 

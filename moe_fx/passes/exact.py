@@ -123,6 +123,8 @@ class Exact(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"{func} draws random numbers")
         args, kwargs = (tree_map_only((torch.dtype, torch.device), _real, tree) for tree in (args, kwargs))
         if func in (aten._softmax.default, aten._log_softmax.default):
             args = (*args[:2], False)

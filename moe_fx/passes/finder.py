@@ -382,6 +382,8 @@ class _Finder:
                 if flow.storages[written] & outer:
                     text = f"{node.name} writes to {written.name}, which the block reads"
                     return Reject("find.effect", text, node.name)
+        later = (n for n in flow.nodes[end + 1 :] if any(flow.storages[w] & outer for w in flow.writes[n]))
+        region.overwritten = next((n.name for n in later), "")
         if flow.storages[region.out] & outer:
             return Reject("find.escape", f"the result {region.out.name} is a view of an input", region.out.name)
         floats = [n for n in region.nodes if tensors(n) and n not in flow.integers]

@@ -27,6 +27,7 @@ class Region:
     sizes: (symbolic) numbers it reads, and tensors of which it reads only the shape.
     end: the last node; out: the node whose value leaves (``end``, or what ``end`` writes to); aliases: nodes of the
     same storage whose later readers get the new value too.
+    overwritten: the first later node that writes to what the region reads.
     ups, down: its expert weights.  params: other parameters it reads.  mode: autocast and grad mode around it.
     """
 
@@ -43,6 +44,7 @@ class Region:
     sizes: list[Node]
     scores: Node | None = None
     mode: Mode = field(default_factory=Mode)
+    overwritten: str = ""
 
     @property
     def weight_nodes(self) -> list[Node]:

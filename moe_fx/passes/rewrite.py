@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from moe_fx.passes.dataflow import fake, tensors
+from moe_fx.passes.dataflow import Dataflow, fake, tensors
+from moe_fx.passes.isolation import unseen
 from moe_fx.passes.match import Proposal
 from moe_fx.passes.regions import Region, same
 
@@ -30,7 +31,11 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
     after = set(following(new))
     for node in late:
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user in after)
+    # scores that stay are what their writers made of them: a write has no user, and is needed all the same
+    kept = set() if region.scores is None else Dataflow(graph).live
     for node in reversed(region.nodes):
+        if node in kept:
+            continue
         for user in list(node.users):
             if not tensors(user) and not user.users and user.op != "output":
                 graph.erase_node(user)  # assertions about the block's inner sizes
@@ -113,7 +118,7 @@ def insert_call(
     node = graph.create_node(op, target, args, kwargs or {})
     fakes = torch.fx.node.map_arg((args, kwargs or {}), lambda n: n.meta.get("example_value", n.meta.get("val")))
     fake_mode = next(t.fake_mode for t in _tensors(fakes))  # type: ignore[attr-defined]
-    with fake_mode:
+    with fake_mode, unseen():
         if op == "call_method":
             node.meta["example_value"] = getattr(fakes[0][0], target)(*fakes[0][1:], **fakes[1])
         else:

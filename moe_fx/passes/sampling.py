@@ -22,7 +22,8 @@ from moe_fx.passes.dataflow import fake, value
 from moe_fx.passes.id_range import UNKNOWN_IDS, IdRange
 from moe_fx.passes.regions import Region, numel, runnable
 
-Pattern = str  # "random", "few", "first", "last", "duplicates", "cover <first expert>", "outside <id>"
+Pattern = str  # "random", "few", "first", "last", "duplicates", "every <from>", "cover <from>", "outside <id>"
+_MOST_FOREIGN = 32  # ids beyond the experts that are tried one by one, and the last
 _LARGE = 1 << 20  # bytes of one expert in float64 from which gradients are checked along directions only
 _FILLED = 128 << 20  # bytes of expert weights in float64 that a sample fills
 _BLOCK = 256  # rows of random numbers that a large matrix repeats
@@ -56,6 +57,7 @@ class Sampler:
         self.experts = region.down.sizes[0]
         self.bounds = bounds
         self.generator = torch.Generator().manual_seed(seed)
+        self._short = 2
         self.each = sum(fake(n).numel() for n in region.weight_nodes) * 8 // self.experts  # bytes of one in float64
         self.large = self.each > _LARGE
         self._weights: dict[tuple[torch.dtype | None, int | None], tuple[list[int], dict[Node, Tensor]]] = {}
@@ -80,9 +82,14 @@ class Sampler:
         low, high, distinct = self.bounds
         if not distinct and self.region.top_k > 1:
             found += ["duplicates"] * counts
-        last = int(min(high, self.experts + 2))
+        found += [f"every {i}" for i in range(0, self.experts, self._step())] if self._cheap() else []
+        last = int(min(high, self.experts + (_MOST_FOREIGN if high < math.inf else 2)))
         foreign = [i for i in (-1, -self.experts) if i >= low] + list(range(self.experts, last + 1))
-        return found + [f"outside {i}" for i in foreign]
+        return found + [f"outside {i}" for i in dict.fromkeys([*foreign, *([int(high)] if high > last else [])])]
+
+    def _step(self) -> int:
+        """How many experts one sample can reach."""
+        return min(max(self.token_counts()) * self.region.top_k, len(self._chosen(self.region.top_k)))
 
     def more(self) -> Iterator[Sample]:
         """Further samples, for decisions that those of ``patterns`` took one way only: every expert in turn, rows just
@@ -99,7 +106,8 @@ class Sampler:
         """One sample per pattern, token counts in turn.  dtype: None keeps the region's own."""
         counts = self.token_counts()
         for i, pattern in enumerate(patterns):
-            yield self.draw(counts[i % len(counts)], pattern, dtype)
+            tokens = max(counts) if pattern.startswith("every") else counts[i % len(counts)]
+            yield self.draw(tokens, pattern, dtype)
 
     def _cheap(self) -> bool:
         """Whether nine float64 runs take seconds at most."""
@@ -109,7 +117,7 @@ class Sampler:
         """scale: of all rows of x, instead of many."""
         region, k = self.region, self.region.top_k
         tokens, assignment = self._assignment(tokens)
-        cover = int(pattern.split()[1]) if pattern.startswith("cover") else None
+        cover = int(pattern.split()[1]) if pattern.startswith(("cover", "every")) else None
         key = (dtype, cover)
         if key not in self._weights:  # drawn once: routings and rows change, weights need not
             self._weights = {k: held for k, held in self._weights.items() if k[0] != dtype}
@@ -129,6 +137,8 @@ class Sampler:
                 values[node] = ids.reshape(shape).to(kind)
             elif node is region.weights:
                 values[node] = self._routing_weights(shape, kind, special=dtype is not None)
+                if cover is not None:  # each expert may come once: its weight must show
+                    values[node] = values[node].masked_fill(values[node] == 0, 0.5)
             elif node in region.weight_nodes:
                 if node not in held:
                     held[node] = self._weight(node, shape, kind, filled)
@@ -137,7 +147,7 @@ class Sampler:
                 values[node] = self._normal(shape, kind, 0.5)
             else:
                 values[node] = self._normal(shape, kind, 1.0)
-                if dtype is not None and node is region.x:
+                if dtype is not None and node is region.x and not pattern.startswith("every"):
                     values[node] = self._special_rows(values[node]) if scale is None else values[node] * scale
         values = {n: v.to(runnable(fake(n).device)) if isinstance(v, Tensor) else v for n, v in values.items()}
         operands = {n: values[n] for n in (*region.weight_nodes, *region.params)}
@@ -187,6 +197,8 @@ class Sampler:
         largest = min(max([25.0, *numbers]), 1e12)
         smallest = max(min([1.0, *numbers]), 1e-12)
         exponents = torch.rand([*x.shape[:-1], 1], generator=self.generator, dtype=torch.float64)
+        for row, end in ((0, 0.0), (2, 1.0)):  # both ends are there
+            exponents.view(-1)[row : row + 1] = end
         x = x * 0.1 * smallest * (40 * largest / smallest) ** exponents
         rows = x.view(-1, x.shape[-1])
         if len(rows) >= 5:
@@ -219,6 +231,8 @@ class Sampler:
         pool = torch.tensor(chosen)
         if pattern.startswith("cover"):  # every expert in every slot
             return pool[(torch.arange(tokens).unsqueeze(1) + torch.arange(k)) % len(pool)]
+        if pattern.startswith("every"):
+            return pool[torch.arange(tokens * k) % len(pool)].view(tokens, k)
         if pattern == "few":
             pool = pool[: max(k, len(chosen) // 2)]
         elif pattern == "first":
@@ -237,15 +251,16 @@ class Sampler:
 
     def _assignment(self, tokens: int) -> tuple[int, dict[Any, int]]:
         """(tokens or a count near it that the shapes allow, values of the symbols that give it): of several symbols
-        that the number of tokens depends on, all are 2 but one; for one token, and where that does not fit, 1."""
+        that the number of tokens depends on, all are 2 or 3 but one; for one token, and where that does not fit, 1."""
         size = numel(self.region.x)
         free = [s for s in self.symbols if s in free_symbols(size)]
         if not free:
             return tokens, dict.fromkeys(self.symbols, tokens)
         if len(free) > 1 and tokens > 1:
             for symbol in reversed(free):
-                long = max(3, tokens // 2 ** (len(free) - 1))
-                assignment = {s: long if s is symbol or s not in free else 2 for s in self.symbols}
+                self._short = 5 - self._short  # 2 and 3 in turn: a roll by 2 of 2 is no roll
+                long = max(self._short + 2, tokens // self._short ** (len(free) - 1))
+                assignment = {s: long if s is symbol or s not in free else self._short for s in self.symbols}
                 elements = int(evaluate(size, assignment))
                 if elements > 0 and elements % self.region.hidden == 0 and elements // self.region.hidden <= 2 * tokens:
                     return elements // self.region.hidden, assignment

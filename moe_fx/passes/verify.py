@@ -86,7 +86,10 @@ def _same_formula(
             if sample.label.startswith("outside"):
                 return None  # this id out of range is an error there: nothing to preserve
             return not_run(error, sample.label)
-        ours = _reference(proposal, sample, _weights(sample, scores))
+        try:
+            ours = _reference(proposal, sample, _weights(sample, scores))
+        except (IndexError, RuntimeError, ValueError) as error:
+            return Reject("match.shapes", f"the proposal does not fit: {error}".splitlines()[0], sample.label)
     difference = _by_row(ours, theirs.reshape(ours.shape))
     if difference > _FORMULA:
         return Reject("verify.values", f"relative difference {difference:.1e} in float64", sample.label)
@@ -119,12 +122,15 @@ def _reference(proposal: Proposal, sample: Sample, weights: Tensor) -> Tensor:
 
 
 def _same_derivatives(module: Any, region: Region, proposal: Proposal, sampler: Sampler) -> Reject | None:
-    """Three samples, and as many more as every decision takes: a branch may detach."""
+    """A few samples, every expert once, and as many more as every decision takes: a branch may detach."""
     check = _same_tangents if sampler.large else _same_gradients
     coverage = Coverage(region, *sampler.bounds[:2])
     patterns = sampler.patterns()
+    every = [p for p in patterns if p.startswith("every")]
+    few = max(3, 2 * len(sampler.token_counts()))
+    patterns = [*patterns[:few], *every, *(p for p in patterns[few:] if p not in every)]
     for i, sample in enumerate(itertools.chain(sampler.samples(torch.float64, patterns), sampler.more())):
-        if i >= 3 and not coverage.missing():
+        if i >= few + len(every) and not coverage.missing():
             return None
         try:
             reject = check(module, region, proposal, sample, coverage)

@@ -386,7 +386,7 @@ class TwoHeadsOfARouter(Joined):
         return _scattered(self, x, weights.reshape(-1, 2 * TOP_K), ids.reshape(-1, 2 * TOP_K))
 
 
-@lookalike()
+@lookalike(never=False)
 class OneChoiceExpanded(Joined):
     def __init__(self) -> None:
         super().__init__()

@@ -161,7 +161,7 @@ def combine(rows: Tensor, places: Tensor, weights: Tensor | None, accumulate: to
     At least as exact as ``accumulate`` asks for; the result is in rows' dtype or a wider one.  EmbeddingBag is this sum
     in one pass: on a CPU 10 to 50 times faster than index_add_, everywhere deterministic and, for 16-bit rows, in fp32.
     """
-    if accumulate == rows.dtype and rows.dtype in (torch.bfloat16, torch.float16):
+    if accumulate == rows.dtype == torch.bfloat16:  # the rest of a float16 may be too small for one
         if weights is not None and weights.dtype != rows.dtype:
             # A wider weight is the sum of two 16-bit ones: exact enough, and rows need no copy in fp32.
             high = weights.to(rows.dtype)
