@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import moe_fx
 from tests.zoo.samples import Sample, build, unavailable
 
-from .helpers import ListBlock, Stack, all_fused, assert_close, compiled, relative, tokens, twin
+from .helpers import Block, ListBlock, Stack, all_fused, assert_close, compiled, relative, tokens, twin
 
 # experts class → families
 FAMILIES = {
@@ -273,3 +273,43 @@ def test_adamw_decays_an_expert_without_tokens_as_zeros_do() -> None:
     kept = model.down[-1].weight.detach().clone()
     optimizer.step()
     assert relative(model.down[-1].weight, kept) == 0
+
+
+class _OverwritesItsInput(torch.nn.Module):
+    """Eager saves copies of the rows that experts read; the fused op would save x itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x * 1.0
+        y = self.block(rows)
+        rows.mul_(2.0)
+        return y + rows
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_an_input_that_is_overwritten_later(inner: str) -> None:
+    model, grads = _OverwritesItsInput(), []
+    for target in (compiled(model, inner_backend=inner), model):
+        x = tokens(7).requires_grad_()
+        target(x).square().sum().backward()
+        grads.append(x.grad)
+    assert_close(grads[0], grads[1], 1e-5)
+    with torch.no_grad():
+        compiled(model)(tokens(7))
+    all_fused(1)
+
+
+def test_checkpointing_around_a_compiled_block() -> None:
+    """What we run while compiling is not counted among what the caller saves."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = Block(), tokens(7).requires_grad_()
+    y = checkpoint(compiled(model), x, use_reentrant=False)
+    y.square().sum().backward()
+    all_fused(1)
+    mine, x.grad = x.grad, None
+    model(x).square().sum().backward()
+    assert_close(mine, x.grad, 1e-5)

@@ -410,3 +410,26 @@ def _scattered(block: Joined, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor
     share = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
     out = torch.einsum("tei,ehi->teh", block.act(torch.einsum("th,eoh->teo", x, block.w13)), block.w2)
     return (out * share.unsqueeze(-1)).sum(1)
+
+
+@lookalike()
+class CopyExpertFarBeyond(ExpertList):
+    """The last of many ids beyond the experts copies the token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS + 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(TOP_K)
+        share = x.new_zeros(x.shape[0], EXPERTS + 8).scatter(1, ids, weights)
+        out = x * share[:, -1:]
+        for e, expert in enumerate(self.experts):
+            out = out + expert(x) * share[:, e, None]
+        return out
+
+
+rows("OneOfManyByTable", lambda f, e, x, w: f(x) * w * torch.tensor([1.0] * 40 + [2.0] + [1.0] * 23)[e], experts=64, k=1,
+     inputs=lengths(1))  # fmt: skip
+act("RoundedSteps", lambda h: F.relu(h) * (1 + torch.round(h * 1e-3)), never=True, inputs=scaled(1e4))
+act("PoissonNoise", lambda h: F.relu(h) + 0 * torch.poisson(h.abs()), never=True)

@@ -379,3 +379,44 @@ class AutocastInside(ExpertList):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=not self.exact):
             return super().forward(x)
+
+
+# --- dense shares that are written in place
+
+
+class _Shares(ExpertList):
+    def shares(self, weights: Tensor, ids: Tensor, size: int) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        share = self.shares(weights, ids, x.shape[0])
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + expert(x) * share[:, e, None]
+        return out
+
+
+@program()
+class SharesByIndex(_Shares):
+    def shares(self, weights: Tensor, ids: Tensor, size: int) -> Tensor:
+        share = torch.zeros(size, EXPERTS, dtype=weights.dtype)
+        share[torch.arange(size)[:, None], ids] = weights
+        return share
+
+
+@program()
+class SharesBySlot(_Shares):
+    def shares(self, weights: Tensor, ids: Tensor, size: int) -> Tensor:
+        share = torch.zeros(size, EXPERTS, dtype=weights.dtype)
+        for k in range(TOP_K):
+            share[torch.arange(size), ids[:, k]] = weights[:, k]
+        return share
+
+
+@program()
+class SharesThroughAView(_Shares):
+    def shares(self, weights: Tensor, ids: Tensor, size: int) -> Tensor:
+        share = torch.zeros(size, EXPERTS, dtype=weights.dtype).scatter(1, ids, weights)
+        share.view(-1).mul_(2.0)
+        return share
