@@ -85,9 +85,8 @@ class Sampler:
         found += [f"every {i}" for i in range(0, self.experts, self._step())] if self._cheap() else []
         last = int(min(high, self.experts + (_MOST_FOREIGN if high < math.inf else 2)))
         foreign = [i for i in (-1, -self.experts) if i >= low] + list(range(self.experts, last + 1))
-        return found + [
-            f"outside {i}" for i in dict.fromkeys([*foreign, *([int(high)] if last < high < math.inf else [])])
-        ]
+        foreign += [int(high)] if last < high < math.inf else []
+        return found + [f"outside {i}" for i in foreign]
 
     def _step(self) -> int:
         """How many experts one sample can reach."""

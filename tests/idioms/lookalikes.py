@@ -429,7 +429,12 @@ class CopyExpertFarBeyond(ExpertList):
         return out
 
 
-rows("OneOfManyByTable", lambda f, e, x, w: f(x) * w * torch.tensor([1.0] * 40 + [2.0] + [1.0] * 23)[e], experts=64, k=1,
-     inputs=lengths(1))  # fmt: skip
+rows(
+    "OneOfManyByTable",
+    lambda f, e, x, w: f(x) * w * torch.tensor([1.0] * 40 + [2.0] + [1.0] * 23)[e],
+    experts=64,
+    k=1,
+    inputs=lengths(1),
+)
 act("RoundedSteps", lambda h: F.relu(h) * (1 + torch.round(h * 1e-3)), never=True, inputs=scaled(1e4))
 act("PoissonNoise", lambda h: F.relu(h) + 0 * torch.poisson(h.abs()), never=True)
