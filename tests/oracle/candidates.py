@@ -106,7 +106,7 @@ KERNELS: dict[str, Kernel] = {
         described(
             "inlined",
             30,
-            Cost("gathered", lambda E, T, k: 3, ((1, 0.3),)),
+            Cost("gathered", lambda E, T, k: 0, ((1, 0.3),)),
             forms=frozenset({"stacked", "flat"}),
             transposed=frozenset({False}),
             backward="",
