@@ -35,6 +35,7 @@ SHAPES = {  # E, k, H, I
 }
 BINDING = parse_binding("bind/1 w13:stacked:out_in:gate_up w2:stacked:out_in:gate_up")
 GATHER_ROWS = 32  # contestants that copy the weights of every row are left out above this
+COMPILED_ROWS = 128  # and those that read them anew for every row above this
 Inputs = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[Tensor, Tensor, Tensor], Any]
 Clock = Callable[[], float]
@@ -67,6 +68,10 @@ def contestants(w13: Tensor, w2: Tensor, spec: MoESpec, rows: int, wanted: list[
     for name, kernel in KERNELS.items():
         if w13.dtype is not torch.bfloat16 and "float32" not in kernel.capability.dtypes:
             continue
+        if kernel.capability.compiled:
+            if rows <= COMPILED_ROWS:
+                runs[name] = compiled(kernel.forward, w13, w2, spec)
+            continue
         for layout, experts in views.items():
             if layout == "transposed" and name not in ("sorted_loop", "torch_grouped"):
                 continue
@@ -81,6 +86,16 @@ def contestants(w13: Tensor, w2: Tensor, spec: MoESpec, rows: int, wanted: list[
     if rows > GATHER_ROWS:
         del runs["hf_batched_mm"], runs["gather_bmm"]
     return {name: run for name, run in runs.items() if not wanted or name in wanted}
+
+
+def compiled(forward: Any, w13: Tensor, w2: Tensor, spec: MoESpec) -> Run:
+    """As it stands in a graph that Inductor compiles for one number of tokens."""
+
+    def run(x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        return forward(x, ids, weights, bind(BINDING, [w13, w2], w13.shape[0]), spec)
+
+    run_compiled: Run = torch.compile(run, dynamic=False)
+    return run_compiled
 
 
 def backward_contestants(w13: Tensor, w2: Tensor, spec: MoESpec) -> dict[str, Run]:

@@ -37,6 +37,8 @@ def inline(gm: GraphModule) -> None:
         if not isinstance(module, GraphModule):
             continue
         calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in _OPS and _inlined(n)]
+        if calls:
+            _register_decompositions()
         for node in calls:
             node.target = _OPS[node.target]
             node.args = (*node.args[:-1], f"{node.args[-1]} code={_code()}")
@@ -44,7 +46,7 @@ def inline(gm: GraphModule) -> None:
             module.recompile()
 
 
-def register_decompositions() -> None:
+def _register_decompositions() -> None:
     """Tells Inductor about our two ops, once.  A table handed to ``compile_fx`` would turn its caches off."""
     from torch._inductor import decomposition
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from moe_fx.lowerings.inline import register_decompositions
 from moe_fx.options import Options
 from moe_fx.reasons import MoEFxOptionError
 
@@ -20,7 +19,6 @@ def compile_inner(gm: GraphModule, example_inputs: list[Any], options: Options) 
         from torch._inductor.compile_fx import compile_fx
 
         patches = dict(list_mode_options(options.mode)) if options.mode and options.mode != "default" else {}
-        register_decompositions()
         compiled: Any = compile_fx(gm, example_inputs, config_patches={**patches, **options.inductor})
         return compiled
     try:
