@@ -20,6 +20,8 @@ PACKAGES = ("torch", "transformers", "triton", "torch-tensorrt", "sympy", "rich"
 HOOKS = (
     ("torch._dynamo.symbolic_convert", "InliningInstructionTranslator.inline_call", "loops of transformers' experts"),
     ("torch._dynamo.exc", "TorchDynamoException", "loops of transformers' experts"),
+    ("torch._dynamo.symbolic_convert", "InstructionTranslator.run", "loops with torch.where, without fullgraph"),
+    ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", "loops with torch.where, without fullgraph"),
     ("transformers.integrations.moe", "grouped_mm_experts_forward", "loops of transformers' experts"),
     ("torch._guards", "tracing", "verifying apart from Dynamo's state"),
     ("torch.utils._python_dispatch", "_disable_current_modes", "verifying apart from Dynamo's state"),

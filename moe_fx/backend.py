@@ -30,7 +30,7 @@ from moe_fx.lowerings.inner import compile_inner
 from moe_fx.lowerings.measure import Stopwatch, TunedPlans
 from moe_fx.options import Options, disabled, resolve
 from moe_fx.oracle import Request, choose, tuned
-from moe_fx.passes.capture import hooks, hugging_face  # noqa: F401  registers its substitute
+from moe_fx.passes.capture import data_sizes, hooks, hugging_face  # noqa: F401  registers
 from moe_fx.passes.dataflow import fake
 from moe_fx.passes.finder import find_regions
 from moe_fx.passes.fingerprint import fingerprint
@@ -54,7 +54,7 @@ from moe_fx.reasons import (
     out_of_memory,
 )
 from moe_fx.recorder import RECORDER
-from moe_fx.report import Report, Site
+from moe_fx.report import Site
 
 ops.install(Dispatch())
 
@@ -86,25 +86,31 @@ def moe_fx(
     for site in sites:
         RECORDER.add(site)
     RECORDER.graph(time.perf_counter() - started + graph.captured)
-    _warn_if_nothing_matched(RECORDER.snapshot())
+    RECORDER.warn_if_nothing_matched()
     graph.write(lambda dump: dump.report(RECORDER.snapshot()))
     return compile_inner(gm, example_inputs, inner)
 
 
+@hooks.surround
+@contextmanager
+def _reported(tracer: Any) -> Iterator[None]:
+    """What was noted of a frame that gives no graph is reported too, when Dynamo does not try it again."""
+    RECORDER.begin(hooks.wrapper_of(tracer, moe_fx))
+    try:
+        yield
+    except torch._dynamo.exc.RestartAnalysis:
+        raise
+    except Exception:
+        for note in hooks.take_notes():
+            RECORDER.add(_noted(note))
+        raise
+
+
+def _noted(note: hooks.Note) -> Site:
+    return Site(note.fqn, False, None, "", None, note.reasons, note.source, RECORDER.graphs, 0, "", ())
+
+
 _UNAVAILABLE = hooks.install(moe_fx, lambda: not disabled())  # what this torch lacks; "" when all is there
-
-
-def _warn_if_nothing_matched(report: Report) -> None:
-    """Once for a torch.compile wrapper: silence would look like success."""
-    misses = [site for site in report.sites if site.rejects]
-    if report.num_fused == 0 and misses and not report.warnings:
-        nearest = misses[0]
-        text = (
-            f"no mixture-of-experts block was fused. Nearest: {nearest.fqn or 'a block'}, {nearest.rejects[0]}"
-            f"{' at ' + nearest.source if nearest.source else ''}. moe_fx.last_report() holds every reason"
-        )
-        RECORDER.warn(text)
-        warnings.warn(text, MoEFxWarning, stacklevel=3)
 
 
 def _wrapper() -> object:
@@ -146,10 +152,10 @@ class _Graph:
         accepted: list[tuple[Graph, Region, Proposal, Plan, int]] = []
         with self._stage("capture") as failed:
             notes, self.captured = hooks.drain()
-            for fqn, noted in notes:
-                if noted[0].code == "internal":
-                    self._failed(noted[0].text, None)
-                sites.append(self._left(None, fqn, noted))
+            for note in notes:
+                if note.reasons[0].code == "internal":
+                    self._failed(note.reasons[0].text, None)
+                sites.append(_noted(note))
         self.seconds["capture"] += self.captured
         with self._stage("find", failed):
             for graph, weights, buffers in graph_parts(self.gm, self.inputs):
@@ -168,6 +174,10 @@ class _Graph:
             failed.append(Reject("capture.unavailable", f"no loop could be made traceable: {_UNAVAILABLE}"))
         if failed:
             sites.append(self._left(None, "", tuple(failed)))
+        if data_sizes.useless(self.gm, [n for _, region, *_ in accepted for n in region.nodes]):
+            for site in sites:
+                RECORDER.add(site)
+            data_sizes.retrace()
         self._rewrite(accepted, sites)
         return [replace(s, seconds=tuple(self.seconds.items())) for s in sites]
 
@@ -333,9 +343,8 @@ class _Graph:
         if self.options.verify == "off":
             return "unverified"
         meta = fake(region.down.params[0]).device.type == "meta"
-        return (
-            "unverified in its own dtypes: weights on meta have no values, only the formula was checked" if meta else ""
-        )
+        text = "unverified in its own dtypes: weights on meta have no values, only the formula was checked"
+        return text if meta else ""
 
     def _left(self, node: Node | None, fqn: str, rejects: tuple[Reject, ...]) -> Site:
         source = "" if node is None else source_of(node)

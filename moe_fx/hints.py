@@ -35,5 +35,6 @@ HINTS: dict[str, str] = {
     "veto.spec": "another kernel serves this value; nothing to do unless none does",
     "internal": "pass strict=True to see the error with its traceback, and report it",
     "capture.untrusted": "choose a traceable experts implementation, or report the loop",
+    "capture.data_dependent": "drop `if mask.any()` or `if n == 0: continue`: no rows cost nothing in a compiled loop",
     "capture.unavailable": "install versions of torch and transformers that `python -m moe_fx doctor` accepts",
 }

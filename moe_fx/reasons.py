@@ -81,6 +81,7 @@ CODES: dict[str, str] = {
     # any stage
     "internal": "moe_fx failed; the block was left as it was",
     "capture.untrusted": "the experts loop could not be shown equal to its traceable form",
+    "capture.data_dependent": "data decide which code runs on the way from the routing to the experts",
     "capture.unavailable": "this torch lacks the hook that capturing data-dependent loops needs",
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from moe_fx.reasons import MoEFxWarning
 from moe_fx.report import Report, Site
 
 KEPT = 64  # wrappers whose records a builder keeps
@@ -75,6 +77,19 @@ class ReportBuilder:
         with self._lock:
             if text not in self._current.warnings:
                 self._current.warnings.append(text)
+
+    def warn_if_nothing_matched(self) -> None:
+        """Once for a torch.compile wrapper: silence would look like success."""
+        report = self.snapshot()
+        misses = [site for site in report.sites if site.rejects]
+        if report.num_fused == 0 and misses and not report.warnings:
+            nearest = misses[0]
+            text = (
+                f"no mixture-of-experts block was fused. Nearest: {nearest.fqn or 'a block'}, {nearest.rejects[0]}"
+                f"{' at ' + nearest.source if nearest.source else ''}. moe_fx.last_report() holds every reason"
+            )
+            self.warn(text)
+            warnings.warn(text, MoEFxWarning, stacklevel=4)
 
     def snapshot(self) -> Report:
         """The report of the wrapper begun last, as it stands."""

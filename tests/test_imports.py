@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"reasons"},
     "reference": {"spec", "binding"},
     "report": {"hints", "plan", "reasons", "spec"},
-    "recorder": {"report"},
+    "recorder": {"reasons", "report"},
     "options": {"reasons"},
     "ops": {"binding", "reasons", "reference", "spec", "plan"},
     "ops_moe": {"ops", "binding", "reasons", "reference", "spec"},

@@ -180,7 +180,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "verify.run": (FailsOnSamples, False),
 }
 VETOES = {code for code in CODES if code.startswith("veto.")}
-ELSEWHERE = {"verify.rounding", "verify.memory", "internal", "capture.untrusted", "capture.unavailable"}
+ELSEWHERE = {"verify.rounding", "verify.memory", "internal"}
+ELSEWHERE |= {"capture.untrusted", "capture.unavailable", "capture.data_dependent"}
 
 
 def reasons(model: Any, *arguments: Tensor, grad: bool = False, **options: Any) -> list[Reject]:

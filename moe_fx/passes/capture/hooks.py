@@ -1,5 +1,6 @@
-"""The one place where moe_fx looks into Dynamo: each function that Dynamo is about to inline for *our* backend is first
-offered to the substitutes registered here.  For every other backend, thread and torch.export the hook passes through.
+"""The one place where moe_fx looks into Dynamo.  For *our* backend, each function that Dynamo is about to inline is
+first offered to the substitutes registered here, and each frame is traced inside the contexts registered here.  For
+every other backend, thread and torch.export the hooks pass through.
 
 Holds: whether a compilation is ours is read off the tracer at hand, never off a flag; a substitute that raises or
 declines leaves Dynamo's own behaviour; ``uninstall`` restores Dynamo.
@@ -11,15 +12,29 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 from moe_fx.reasons import Reject, out_of_memory
 
 # (tracer, function about to be inlined, its arguments) → the result to use instead, or None to inline as usual
 Substitute = Callable[[Any, Any, list[Any]], Any]
 
+# tracer of a frame (Dynamo's, before its first instruction) → what surrounds the trace
+Surrounding = Callable[[Any], AbstractContextManager[None]]
+
+
+class Note(NamedTuple):
+    """fqn: of the module whose loop was left to Dynamo.  source: "file:line", "" where unknown."""
+
+    fqn: str
+    reasons: tuple[Reject, ...]
+    source: str
+
+
 _SUBSTITUTES: list[Substitute] = []
+_SURROUNDINGS: list[Surrounding] = []
 _declined = threading.local()
 _original: Any = None
 
@@ -30,24 +45,35 @@ def substitute(function: Substitute) -> Substitute:
     return function
 
 
-def decline(fqn: str, reason: Reject) -> None:
-    """Notes why a loop was left to Dynamo; the next graph of this thread reports it."""
-    notes = _declined.__dict__.setdefault("notes", {})
-    notes[fqn] = (reason,)
+def surround(function: Surrounding) -> Surrounding:
+    """Registers a context for the trace of each frame."""
+    _SURROUNDINGS.append(function)
+    return function
 
 
-def drain() -> tuple[list[tuple[str, tuple[Reject, ...]]], float]:
-    """The notes since the last graph, by module name, and the seconds that substitutes took."""
-    state = _declined.__dict__
-    return list(state.pop("notes", {}).items()), state.pop("seconds", 0.0)
+def decline(fqn: str, *reasons: Reject, source: str = "") -> None:
+    """Notes, for the report, why a loop was left to Dynamo.  source: "file:line"."""
+    _declined.__dict__.setdefault("notes", {})[fqn] = Note(fqn, reasons, source)
+
+
+def take_notes() -> list[Note]:
+    """The notes of this thread, one for each name; they are gone then."""
+    return list(_declined.__dict__.pop("notes", {}).values())
+
+
+def drain() -> tuple[list[Note], float]:
+    """The notes, and the seconds that substitutes took, since the last graph of this thread."""
+    return take_notes(), _declined.__dict__.pop("seconds", 0.0)
 
 
 def available() -> str:
     """ "" when the hook can be installed, else what this torch lacks."""
     try:
-        from torch._dynamo.symbolic_convert import InliningInstructionTranslator
+        from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
     except ImportError as error:
-        return f"torch._dynamo.symbolic_convert.InliningInstructionTranslator: {error}"
+        return f"torch._dynamo.symbolic_convert: {error}"
+    if "run" in vars(InstructionTranslator) or not callable(getattr(InstructionTranslator, "run", None)):
+        return "InstructionTranslator does not inherit its method run"
     found = inspect.getattr_static(InliningInstructionTranslator, "inline_call", None)
     if not isinstance(found, classmethod):
         return "InliningInstructionTranslator.inline_call is not a class method"
@@ -58,14 +84,14 @@ def available() -> str:
 
 
 def install(backend: Any, active: Callable[[], bool] = lambda: True) -> str:
-    """Wraps Dynamo's inlining for ``backend``, once.  Returns why not, where it cannot ("" when done).
+    """Wraps Dynamo's inlining and tracing for ``backend``, once.  Returns why not, where it cannot ("" when done).
 
     active: asked each time; while it says no, Dynamo is as without us.
     """
     global _original
     if _original is not None or (missing := available()):
         return "" if _original is not None else missing
-    from torch._dynamo.symbolic_convert import InliningInstructionTranslator
+    from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
 
     _original = inspect.getattr_static(InliningInstructionTranslator, "inline_call")
 
@@ -77,44 +103,71 @@ def install(backend: Any, active: Callable[[], bool] = lambda: True) -> str:
                 return result
         return _original.__func__(cls, parent, func, args, kwargs, *rest, **more)
 
+    inherited = InstructionTranslator.run
+
+    @functools.wraps(inherited)
+    def run(self: Any) -> None:
+        with ExitStack() as stack:
+            if compiles_for(self, backend) and active():
+                for surrounding in _SURROUNDINGS:
+                    with _guarded("a frame"):
+                        stack.enter_context(surrounding(self))
+            inherited(self)
+
     setattr(InliningInstructionTranslator, "inline_call", classmethod(inline_call))  # noqa: B010  mypy: a method
+    setattr(InstructionTranslator, "run", run)  # noqa: B010
     return ""
 
 
 def _offered(tracer: Any, function: Any, args: list[Any]) -> Any:
     """The answer of the first substitute that has one.  A substitute that fails costs its loop, not the compilation."""
+    started = time.perf_counter()
+    with _guarded(str(getattr(getattr(function, "fn", None), "__qualname__", ""))):
+        results = (offer(tracer, function, args) for offer in _SUBSTITUTES)
+        found = next((r for r in results if r is not None), None)
+        _declined.seconds = getattr(_declined, "seconds", 0.0) + time.perf_counter() - started
+        return found
+    return None
+
+
+@contextmanager
+def _guarded(what: str) -> Iterator[None]:
+    """A failure of ours is noted for ``what``; Dynamo's own control flow passes."""
     from torch._dynamo.exc import TorchDynamoException
 
-    started = time.perf_counter()
     try:
-        results = (offer(tracer, function, args) for offer in _SUBSTITUTES)
-        return next((r for r in results if r is not None), None)
-    except TorchDynamoException:  # Dynamo's own control flow
+        yield
+    except TorchDynamoException:
         raise
     except Exception as error:  # noqa: BLE001  reported with the next graph, as every stage that fails
         text = f"capture: {type(error).__name__}: {error}".splitlines()[0]
         code = "verify.memory" if out_of_memory(error) else "internal"
-        decline(str(getattr(getattr(function, "fn", None), "__qualname__", "")), Reject(code, text, "capture"))
-        return None
-    finally:
-        _declined.seconds = getattr(_declined, "seconds", 0.0) + time.perf_counter() - started
+        decline(what, Reject(code, text, "capture"))
 
 
 def uninstall() -> None:
     """Restores Dynamo."""
     global _original
     if _original is not None:
-        from torch._dynamo.symbolic_convert import InliningInstructionTranslator
+        from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
 
         setattr(InliningInstructionTranslator, "inline_call", _original)  # noqa: B010
+        delattr(InstructionTranslator, "run")  # inherited again
         _original = None
 
 
 def compiles_for(tracer: Any, backend: Any) -> bool:
-    """Whether ``tracer`` (Dynamo's instruction translator) works for ``backend``, through Dynamo's wrappers of it."""
-    function = getattr(getattr(tracer, "output", None), "compiler_fn", None)
+    """Whether ``tracer`` (Dynamo's instruction translator) works for ``backend``."""
+    return wrapper_of(tracer, backend) is not None
+
+
+def wrapper_of(tracer: Any, backend: Any) -> Any:
+    """The innermost of Dynamo's wrappers of ``backend`` that ``tracer`` works for (torch.compile makes it); None where
+    it works for another backend."""
+    wrapper = function = getattr(getattr(tracer, "output", None), "compiler_fn", None)
     for _ in range(8):
         if function is None or function is backend:
             break
+        wrapper = function
         function = getattr(function, "_torchdynamo_orig_backend", None) or getattr(function, "compiler_fn", None)
-    return function is backend
+    return wrapper if function is not None and function is backend else None

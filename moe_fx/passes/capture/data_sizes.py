@@ -1,0 +1,117 @@
+"""Sizes that depend on data: ``torch.where(ids == e)``, ``nonzero``, ``x[mask]``.
+
+Under ``fullgraph=True`` Dynamo traces through them; otherwise each one breaks the graph, in the middle of every naive
+loop over experts.  For our backend they are traced in either case.  Where that was of no use (no block with such a size
+in it was fused, or Dynamo failed on one) the frame is traced again without: code that is no MoE meets Dynamo as it is.
+
+before: topk | where, expert 0 | where, expert 1 | …  (a graph each)   after: topk, where, expert 0, where, expert 1 …
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any, NoReturn
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from moe_fx.passes.capture.hooks import decline, surround
+from moe_fx.passes.dataflow import target_name
+from moe_fx.reasons import Reject
+
+_SELECTIONS = {"topk", "one_hot", "argmax"}
+_allowed: dict[Any, CodeType] = {}  # ShapeEnv of a trace that goes on → the frame's code
+_thread = threading.local()  # .plain: code that was sent back → the compilation (a weak reference) that did
+
+
+@surround
+@contextmanager
+def allow(tracer: Any) -> Iterator[None]:
+    """Lets a frame make sizes from data, unless it, or the frame that it continues, was sent back."""
+    environment, settings = tracer.output.shape_env, tracer.output.shape_env.settings
+    code = _origin(tracer.f_code)
+    if settings.allow_dynamic_output_shape_ops or _sent_back(code, continues=code is not tracer.f_code):
+        yield
+        return
+    environment.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
+    _allowed[environment] = code
+    try:
+        yield
+    except Exception as error:
+        from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, SkipFrame
+
+        if isinstance(error, (BackendCompilerFailed, RestartAnalysis, SkipFrame)):
+            raise
+        if any(target_name(n) in _SELECTIONS for n in tracer.output.graph.nodes):
+            _note(tracer, error)
+        _retrace(code)
+    finally:
+        del _allowed[environment]
+
+
+def _note(tracer: Any, error: Exception) -> None:
+    """What in the code of a block stopped the trace."""
+    place = next(iter(reversed(getattr(error, "real_stack", None) or [])), None)
+    where = "" if place is None else f"{place.filename}:{place.lineno} {place.line or ''}".strip()
+    title = str(error).strip().partition("\n")[0]
+    owner = tracer.f_locals.get("self")
+    name = tracer.f_code.co_name if owner is None else type(owner).__qualname__
+    text = f"Dynamo could not trace the code that follows a selection of k: {title}"
+    decline(name, Reject("capture.data_dependent", text, name), source=where)
+
+
+def useless(gm: GraphModule, fused: list[Node]) -> bool:
+    """Whether ``allow`` alone let ``gm`` have sizes from data, and none of them is in the blocks ``fused``."""
+    allowed = _environment() in _allowed
+    return allowed and not any(map(_from_data, fused)) and any(map(_from_data, gm.graph.nodes))
+
+
+def retrace() -> NoReturn:
+    """Leaves the backend; the frame is traced again, without ``allow``."""
+    _retrace(_allowed[_environment()])
+
+
+def _environment() -> Any:
+    """The ShapeEnv of the trace at hand; of a graph that did not come from Dynamo, an object that stands for none."""
+    context = torch._guards.TracingContext.try_get()
+    return getattr(getattr(context, "fake_mode", None), "shape_env", None) or _thread
+
+
+def _from_data(node: Node) -> bool:
+    """Whether a size of the node's value comes from data."""
+    value = node.meta.get("example_value")
+    return value is not None and bool(free_unbacked_symbols(value))
+
+
+def _sent_back(code: CodeType, continues: bool) -> bool:
+    """A frame that is compiled anew, for other inputs, gets another try; what continues one shares its fate."""
+    plain = _thread.__dict__.setdefault("plain", {})
+    if code in plain and not continues and plain[code]() is not torch._guards.CompileContext.get():
+        del plain[code]
+    return code in plain
+
+
+def _retrace(code: CodeType) -> NoReturn:
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+
+    class Retrace(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
+        """Passes through a backend as the first does, and has Dynamo forget its graph breaks as the second does."""
+
+    _thread.plain[code] = weakref.ref(torch._guards.CompileContext.get())
+    raise Retrace(restart_reason="no block with a size from data was fused")
+
+
+def _origin(code: CodeType) -> CodeType:
+    """The user's code that ``code`` continues after a graph break."""
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+
+    known = ContinueExecutionCache.generated_code_metadata
+    while (meta := known.get(code)) is not None:
+        code = meta.code
+    return code
