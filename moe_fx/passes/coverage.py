@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._sympy.functions import Max, Min
 
 from moe_fx.passes.dataflow import target_name, tensor, value
-from moe_fx.passes.regions import Region
+from moe_fx.passes.regions import Region, numel
 
 aten = torch.ops.aten
 Both = list[bool]  # [seen not taken, seen taken]
@@ -46,12 +45,18 @@ _BENDS: dict[str, Callable[..., list[Tensor]]] = {
     "nan_to_num": lambda a, *_: [a.isnan(), a.isinf()],
 }
 _STEPS = {"round", "floor", "ceil", "trunc", "fix", "frac", "fmod", "remainder", "heaviside", "floor_divide", "frexp"}
+_DIVIDES = {"floor_divide", "__rshift", "bitwise_right_shift", "bitwise_and", "__and"}  # 0 below the number
+_WRAPS = {"remainder", "fmod"}  # whole numbers: as they were below the divisor
 _TESTS = {"eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "any", "all"}
 _TESTS |= {"logical_and", "logical_or", "bitwise_and", "bitwise_or", "logical_not", "signbit"}
 _SAME_IDS = {"reshape", "view", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "unsqueeze", "squeeze"}
 _SAME_IDS |= {"type", "expand", "getitem", "__getitem__", "transpose", "t", "permute", "repeat_interleave", "sort"}
 _SAME_IDS |= {"index_select", "gather"}
 _COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
+def _is_real(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex or dtype == torch.bool
 
 
 def _outside(a: Tensor, low: Any, high: Any) -> list[Tensor]:
@@ -64,6 +69,8 @@ class Coverage:
 
     def __init__(self, region: Region, low: float, high: float):
         self.region, self.low, self.high = region, low, high
+        self.nodes = {n.name: n for n in region.nodes}
+        self.varies = not isinstance(numel(region.x), int)
         self.seen: dict[tuple[str, str], Both] = {}
         self._now: dict[tuple[str, str], Both] = {}
         self.node = ""
@@ -74,24 +81,51 @@ class Coverage:
         if (bends := _BENDS.get(name)) is not None:
             for i, taken in enumerate(bends(*args, **kwargs)):
                 self._note(f"{name}.{i}", taken)
-        elif name in _STEPS and args[0].is_floating_point() and bool((args[0] != args[0].round()).any()):
+        elif self._steps(name, kwargs) and args[0].is_floating_point() and bool((args[0] != args[0].round()).any()):
             self._note(f"{name}, a step at every number", torch.tensor(True))  # no sample sees them all
         elif name == "nonzero" and args[0].dtype != torch.bool:
             self._note(name, args[0] != 0)
 
-    def after(self, func: Any, out: object) -> None:
-        """Called with the result of every op: what compares, and what turns numbers into truth."""
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
+        """Called with the result of every op: what compares, what turns numbers into truth, and what divides places or
+        counts by a number of the code."""
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if isinstance(out, Tensor) and out.dtype == torch.bool and (name in _TESTS or name == "_to_copy"):
-            self._note(name, out)
+        if not isinstance(out, Tensor):
+            return
+        if out.dtype == torch.bool:
+            if name in _TESTS or name == "_to_copy":
+                self._note(name, out)
+        elif not out.is_floating_point() and self._by_constant(args):
+            if name in _DIVIDES or (name == "div" and kwargs.get("rounding_mode")):
+                self._note(f"{name}, 0 or not", out != 0)
+            elif name in _WRAPS and isinstance(args[0], Tensor):
+                self._note(f"{name}, a change or not", out != args[0])
+
+    @staticmethod
+    def _steps(name: str, kwargs: dict[str, Any]) -> bool:
+        """Whether an op rounds."""
+        whole = name == "_to_copy" and kwargs.get("dtype") is not None and not _is_real(kwargs["dtype"])
+        return name in _STEPS or whole or (name == "div" and bool(kwargs.get("rounding_mode")))
+
+    def _by_constant(self, args: tuple[Any, ...]) -> bool:
+        """Whether the op's second operand is a number above 1 in the code, and the number of tokens varies (where it
+        does not, the samples have all places that there are)."""
+        node, other = self.nodes.get(self.node), args[1] if len(args) > 1 else None
+        value = other.item() if isinstance(other, Tensor) and other.numel() == 1 else other
+        literals = [] if node is None else [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, int)]
+        return isinstance(value, int) and value > 1 and value in literals and self.varies
 
     def cut(self, node: Node, source: object, out: object) -> None:
         """A slice of a dimension whose length varies either shortens it or not."""
         index = node.args[1] if len(node.args) > 1 else None
-        parts = index if isinstance(index, tuple) else (index,)
+        parts = list(index) if isinstance(index, tuple) else [index]
         shape = getattr(tensor(node.args[0]), "shape", ()) if isinstance(node.args[0], Node) else ()
-        if not isinstance(source, Tensor) or not isinstance(out, Tensor) or any(p is Ellipsis for p in parts):
+        if not isinstance(source, Tensor) or not isinstance(out, Tensor):
             return
+        if Ellipsis in parts:
+            at, taken = parts.index(Ellipsis), sum(p is not None for p in parts) - 1
+            parts[at : at + 1] = [slice(None)] * (len(shape) - taken)
+        parts = [p for p in parts if p is not None]
         for dim, part in enumerate(parts[: len(shape)]):
             if isinstance(part, slice) and isinstance(shape[dim], torch.SymInt) and part != slice(None):
                 self._note(f"cut.{dim}", torch.tensor(out.numel() < source.numel()))
@@ -108,20 +142,19 @@ class Coverage:
 
     def missing(self) -> list[str]:
         """Decisions that went one way only, as "node (op)"."""
-        nodes = {n.name: n for n in self.region.nodes}
         found = [
             f"{name} ({what})"
             for (name, what), both in self.seen.items()
-            if not all(both) and not (name in nodes and self._settled(nodes[name]))
+            if not all(both) and not (name in self.nodes and self._settled(self.nodes[name]))
         ]
         return found + [f"{n.name} (size {value(n)})" for n in self._sizes()]
 
     def _sizes(self) -> list[Node]:
-        """Numbers with a minimum or maximum of lengths in them."""
+        """Numbers that are no polynomial in the lengths: a minimum, a rounded quotient."""
         return [
             n
             for n in (*self.region.sizes, *self.region.nodes)
-            if isinstance(found := value(n), (torch.SymInt, torch.SymFloat)) and found.node.expr.has(Min, Max)
+            if isinstance(found := value(n), (torch.SymInt, torch.SymFloat)) and not found.node.expr.is_polynomial()
         ]
 
     def _note(self, what: str, taken: Tensor) -> None:

@@ -137,7 +137,7 @@ class Exact(TorchDispatchMode):
         if isinstance(out, Tensor) and out.is_floating_point() and out.dtype != _EXACT:
             out = out.to(_EXACT)
         if self.coverage is not None:
-            self.coverage.after(func, out)
+            self.coverage.after(func, args, kwargs, out)
         if self.watch is not None:
             self.watch.see(func, args, out)
         return out

@@ -35,7 +35,7 @@ def fingerprint(region: Region, *context: object) -> str:
     lines.append(repr(region.mode))
     roles = (region.x, region.ids, region.weights, region.out, region.end, region.scores)
     routing = ["-" if n is None else names[n] for n in roles]
-    lines.append(f"{routing} {[names[a] for a in region.aliases]}")
+    lines.append(f"{routing} {[names.get(a, '') for a in region.aliases]} {region.onto}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -18,6 +19,8 @@ UNKNOWN_IDS: IdRange = (-math.inf, math.inf, False)
 _Range = tuple[float, float, int]  # lowest, highest, how many neighbours in a row are distinct (0: unknown)
 _UNKNOWN: _Range = (-math.inf, math.inf, 0)
 _DEEPEST = 40
+# dtypes that do not hold every index: whole numbers up to here are kept
+LIMITS = {torch.int8: 127, torch.uint8: 255, torch.int16: 32767, torch.bfloat16: 256, torch.float16: 2048}
 _KEEPS_VALUES = {"reshape", "view", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "unsqueeze"}
 _KEEPS_VALUES |= {"squeeze", "type"}
 
@@ -43,7 +46,9 @@ def _range(node: Node, buffers: dict[Node, Tensor], depth: int) -> _Range:
     if name in ("argmax", "argmin", "argsort"):
         return _selection(node)
     if name in _KEEPS_VALUES and isinstance(args[0], Node):
-        return _range(args[0], buffers, depth - 1)
+        known, out = _range(args[0], buffers, depth - 1), tensor(node)
+        limit = math.inf if out is None else LIMITS.get(out.dtype, math.inf)
+        return known if max(abs(known[0]), abs(known[1])) <= limit else _UNKNOWN
     if name == "expand" and isinstance(args[0], Node):
         return *_range(args[0], buffers, depth - 1)[:2], 0
     if name in ("clamp", "clamp_", "clip") and isinstance(args[0], Node):

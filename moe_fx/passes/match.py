@@ -128,13 +128,14 @@ def _by_node(region: Region, watch: Watch) -> Iterator[_Seen]:
 
 def _activations(region: Region, seen: _Seen) -> Iterator[_Parts]:
     """Every registered activation that turns what leaves the up projection into what enters the down projection."""
-    numbers = [*constants(_inner(region)), math.inf]
+    inner = _inner(region)
+    numbers, called = [*constants(inner), math.inf], {target_name(n) for n in inner}
     for gate, up, order, banks in _gate_up_choices(region, seen):
         if gate.shape != seen.hidden.shape or (up is not None and up.shape != gate.shape):
             continue
         for (name, gated), act in ACTIVATIONS.items():
-            if gated == (up is not None):
-                for params in itertools.product(numbers, repeat=len(act.params)):
+            if gated == (up is not None) and not (region.training and act.bends and called.isdisjoint(act.bends)):
+                for params in itertools.product((*act.usual, *numbers), repeat=len(act.params)):
                     if _fits(act, params, gate, up, seen.hidden):
                         yield _Parts(name, params, gated, order, banks)
 

@@ -24,10 +24,12 @@ class Region:
 
     nodes: in order of position.  x, ids, weights: the nodes it reads (weights None: every chosen expert counts 1).
     scores: an inner dense [T, E] (or [E, T]) routing matrix, where the block does not gather by ids.
-    sizes: (symbolic) numbers it reads, and tensors of which it reads only the shape.
+    sizes: (symbolic) numbers it reads, and tensors of which it reads only the shape; a start and ``dense`` too.
     end: the last node; out: the node whose value leaves (``end``, or what ``end`` writes to); aliases: nodes of the
     same storage whose later readers get the new value too.
     overwritten: the first later node that writes to what the region reads.
+    masked: it reads a dense [T, E] matrix in the place of routing weights, and masks it by the ids: the last of sizes.
+    onto: where the block adds to a tensor from outside, the start: (position in nodes, of the argument) that are it.
     ups, down: its expert weights.  params: other parameters it reads.  mode: autocast and grad mode around it.
     """
 
@@ -45,6 +47,8 @@ class Region:
     scores: Node | None = None
     mode: Mode = field(default_factory=Mode)
     overwritten: str = ""
+    masked: bool = False
+    onto: tuple[tuple[int, int], ...] = ()
 
     @property
     def weight_nodes(self) -> list[Node]:
@@ -72,6 +76,23 @@ class Region:
         """k: ids per token."""
         return hint(numel(self.ids)) * self.hidden // max(hint(numel(self.x)), 1)
 
+    @property
+    def dense(self) -> Node | None:
+        """The matrix that it reads in the place of routing weights."""
+        return self.sizes[-1] if self.masked else None
+
+    @property
+    def start(self) -> Node | None:
+        """The tensor from outside to which the block adds; its value is in no result of the region."""
+        found = [self.nodes[at].args[i] for at, i in self.onto[:1]]
+        return found[0] if found else None  # type: ignore[return-value]
+
+    @property
+    def training(self) -> bool:
+        """Whether the graph that is being compiled takes gradients through the block."""
+        grad = torch.is_grad_enabled() if self.mode.grad is None else self.mode.grad
+        return grad and any(t.requires_grad for n in self.inputs if isinstance(t := value(n), Tensor))
+
     def run(self, inputs: list[object]) -> tuple[Tensor, ...]:
         """The region's results in its own dtypes, under its autocast."""
         with self.autocast():
@@ -85,15 +106,24 @@ class Region:
         return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)  # type: ignore[arg-type]
 
     def module(self) -> GraphModule:
-        """The region alone, as a module from ``inputs`` to (out,), or (out, scores)."""
+        """The region alone, as a module from ``inputs`` to (out,), or (out, scores [T, E] or [E, T]).  It starts from
+        zeros."""
         graph = Graph()
         copies: dict[Node, Node] = {}
         for node in self.inputs:
             copies[node] = graph.placeholder(node.name)
             copies[node].meta = dict(node.meta)
-        for node in self.nodes:
+        zeros = None if self.start is None else graph.call_function(torch.zeros_like, (copies[self.start],))
+        for at, node in enumerate(self.nodes):
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output((copies[self.out],) if self.scores is None else (copies[self.out], copies[self.scores]))
+            for argument in (i for position, i in self.onto if position == at):
+                copies[node].update_arg(argument, zeros)
+        results = [zeros if self.out is self.start and zeros is not None else copies[self.out]]
+        if self.scores is not None:
+            scores = copies[self.scores]
+            flat = fake(self.scores).ndim == 2
+            results.append(scores if flat else graph.call_method("flatten", (scores, 0, -2)))
+        graph.output(tuple(results))
         owner = self.out.graph.owning_module
         return GraphModule(owner if owner is not None else torch.nn.Module(), graph)
 

@@ -32,7 +32,10 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
     for node in late:
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user in after)
     # scores that stay are what their writers made of them: a write has no user, and is needed all the same
-    kept = set() if region.scores is None else Dataflow(graph).live
+    kept: set[Node] = set()
+    if region.scores is not None:
+        flow = Dataflow(graph)
+        kept = flow.within([y], flow.preds, 0, flow.position[y])
     for node in reversed(region.nodes):
         if node in kept:
             continue
@@ -60,6 +63,8 @@ def _insert(graph: Graph, region: Region, proposal: Proposal, plan: str) -> tupl
         y.meta["stack_trace"] = region.out.meta.get("stack_trace", "")
         y.meta["nn_module_stack"] = region.out.meta.get("nn_module_stack", {})
         new = _like(graph, y, region)
+        if region.start is not None:
+            new = insert_call(graph, "call_function", torch.add, (region.start, new))
     return y, new
 
 
@@ -67,8 +72,9 @@ def _gather(graph: Graph, region: Region, ids: Node) -> Node:
     """The routing weights [T, k] out of a dense matrix of scores."""
     scores = region.scores
     assert scores is not None
-    by_token = same(fake(scores).shape[1], region.down.sizes[0])
-    if not by_token:
+    if fake(scores).ndim > 2:
+        scores = insert_call(graph, "call_method", "flatten", (scores, 0, -2))
+    elif not same(fake(scores).shape[1], region.down.sizes[0]):
         scores = insert_call(graph, "call_method", "transpose", (scores, 0, 1))
     return insert_call(graph, "call_method", "gather", (scores, 1, insert_call(graph, "call_method", "long", (ids,))))
 

@@ -94,7 +94,7 @@ class Sampler:
 
     def more(self) -> Iterator[Sample]:
         """Further samples, for decisions that those of ``patterns`` took one way only: every expert in turn, rows just
-        within and just beyond each number in the block."""
+        within and just beyond each number in the block, every expert at the first place."""
         region, tokens = self.region, max(self.token_counts())
         step = min(tokens, len(self._chosen(region.top_k)))
         limits = [*_magnitudes(region.nodes), 1.0]
@@ -102,6 +102,8 @@ class Sampler:
             for i in range(-(-self.experts // step)):
                 for limit in limits:
                     yield self.draw(tokens, f"cover {i * step}", torch.float64, factor * limit)
+        for first in range(0, self.experts, region.top_k):  # the first token by every expert
+            yield self.draw(tokens, f"cover {first}", torch.float64)
 
     def samples(self, dtype: torch.dtype | None, patterns: list[Pattern]) -> Iterator[Sample]:
         """One sample per pattern, token counts in turn.  dtype: None keeps the region's own."""

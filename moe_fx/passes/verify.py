@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from torch.autograd import forward_ad
 
 from moe_fx.binding import bind
 from moe_fx.passes.coverage import Coverage
-from moe_fx.passes.dataflow import fake, tensors
+from moe_fx.passes.dataflow import fake
 from moe_fx.passes.exact import run_exact
 from moe_fx.passes.id_range import IdRange
 from moe_fx.passes.match import Proposal, sample_operands
+from moe_fx.passes.narrow import loses
+from moe_fx.passes.planting import planted
 from moe_fx.passes.regions import Region
 from moe_fx.passes.sampling import Sample, Sampler
 from moe_fx.passes.shrink import Twin
@@ -50,11 +53,8 @@ def verify(twin: Twin, proposal: Proposal, bounds: IdRange, training: bool, fuse
 
 def _formula(region: Region, proposal: Proposal, sampler: Sampler, training: bool) -> Reject | None:
     """The mathematics, on samples that reach both sides of every decision in the block."""
-    narrow = {t.dtype for n in region.nodes for t in tensors(n) if t.is_floating_point() and t.dtype.itemsize < 2}
-    if narrow:
-        return Reject(
-            "match.weights", f"the block passes through {narrow}, which float64 does not see", region.out.name
-        )
+    if reject := loses(region, sampler.bounds):
+        return reject
     module = region.module()
     patterns = sampler.patterns()
     coverage = Coverage(region, *sampler.bounds[:2])
@@ -69,6 +69,11 @@ def _formula(region: Region, proposal: Proposal, sampler: Sampler, training: boo
     if missing := coverage.missing():
         text = f"no sample takes these decisions both ways: {', '.join(missing[:4])}"
         return Reject("verify.coverage", text, region.out.name)
+    for sample in planted(sampler, proposal):
+        if reject := _same_formula(module, region, proposal, sample):
+            return reject
+    if reject := _same_where_finite(module, region, proposal, sampler):
+        return reject
     if training and (reject := _same_derivatives(module, region, proposal, sampler)):
         return reject
     return None
@@ -95,6 +100,24 @@ def _same_formula(
         return Reject("verify.values", f"relative difference {difference:.1e} in float64", sample.label)
     if coverage is not None:
         coverage.commit()
+    return None
+
+
+def _same_where_finite(module: Any, region: Region, proposal: Proposal, sampler: Sampler) -> Reject | None:
+    """A row of x that holds NaN or infinity: where the original is finite all the same, so must the op be."""
+    for value in (torch.nan, torch.inf):
+        sample = sampler.draw(max(sampler.token_counts()), "random", torch.float64)
+        sample.x[0, 0] = value
+        with torch.no_grad():
+            try:
+                theirs, *scores = run_exact(module, sample.inputs)
+            except Exception:  # noqa: BLE001  such a row is an error there: nothing to preserve
+                continue
+            ours = _reference(proposal, sample, _weights(sample, scores))
+        theirs = theirs.reshape(ours.shape)
+        finite = theirs.isfinite().all(-1)
+        if not bool(ours[finite].isfinite().all()):
+            return Reject("verify.values", f"finite there and not here for rows with {value}", sample.label)
     return None
 
 
@@ -128,10 +151,11 @@ def _same_derivatives(module: Any, region: Region, proposal: Proposal, sampler: 
     patterns = sampler.patterns()
     every = [p for p in patterns if p.startswith("every")]
     few = max(3, 2 * len(sampler.token_counts()))
-    patterns = [*patterns[:few], *every, *(p for p in patterns[few:] if p not in every)]
-    for i, sample in enumerate(itertools.chain(sampler.samples(torch.float64, patterns), sampler.more())):
-        if i >= few + len(every) and not coverage.missing():
-            return None
+    rest = [p for p in patterns[few:] if p not in every]
+    draw = partial(sampler.samples, torch.float64)
+    needed = itertools.chain(draw([*patterns[:few], *every]), planted(sampler, proposal))
+    further = itertools.chain(draw(rest), sampler.more())
+    for sample in itertools.chain(needed, itertools.takewhile(lambda _: coverage.missing(), further)):
         try:
             reject = check(module, region, proposal, sample, coverage)
         except Exception:

@@ -21,13 +21,19 @@ Backward = Callable[..., tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A registered activation: name, whether it takes an up projection, names of its parameters, two functions."""
+    """A registered activation.
+
+    gated: takes an up projection.  params: names of its parameters.  usual: values that ops take without being told.
+    bends: ops whose derivative at a bend away from 0 this one has; others that give the same values may have another.
+    """
 
     name: str
     gated: bool
     params: tuple[str, ...]
     forward: Forward
     backward: Backward
+    usual: tuple[float, ...] = ()
+    bends: tuple[str, ...] = ()
 
 
 ACTIVATIONS: dict[tuple[str, bool], Activation] = {}
@@ -42,24 +48,38 @@ def activation(name: str, gated: bool) -> Activation:
     return found
 
 
-def _register(name: str, gated: bool, params: tuple[str, ...], forward: Forward, backward: Backward) -> None:
+def _register(
+    name: str,
+    gated: bool,
+    params: tuple[str, ...],
+    forward: Forward,
+    backward: Backward,
+    usual: tuple[float, ...] = (),
+    bends: tuple[str, ...] = (),
+) -> None:
     if (name, gated) in ACTIVATIONS:
         raise ValueError(f"activation {name!r} (gated={gated}) is registered twice")
-    ACTIVATIONS[name, gated] = Activation(name, gated, params, forward, backward)
+    ACTIVATIONS[name, gated] = Activation(name, gated, params, forward, backward, usual, bends)
 
 
 # --- act(gate) * up, and act(a) alone: one pointwise function and its derivative serve both
 
 
-def _pointwise(name: str, f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor]) -> None:
+def _pointwise(name: str, f: Forward, df: Forward, bends: tuple[str, ...] = (), **params: float | None) -> None:
+    """params: name → usual value, None without one."""
+    known = tuple(params), tuple(p for p in params.values() if p is not None)
     _register(
         name,
         True,
-        (),
-        lambda gate, up: f(gate) * up,
-        lambda dh, gate, up: (dh * up * df(gate), dh * f(gate)),
+        known[0],
+        lambda gate, up, *p: f(gate, *p) * up,
+        lambda dh, gate, up, *p: (dh * up * df(gate, *p), dh * f(gate, *p)),
+        known[1],
+        bends,
     )
-    _register(name, False, (), lambda a, _: f(a), lambda dh, a, _: (dh * df(a), None))
+    _register(
+        name, False, known[0], lambda a, _, *p: f(a, *p), lambda dh, a, _, *p: (dh * df(a, *p), None), known[1], bends
+    )
 
 
 def _dsilu(a: Tensor) -> Tensor:
@@ -83,26 +103,54 @@ def _dsigmoid(a: Tensor) -> Tensor:
     return s * (1 - s)
 
 
-def _quick_gelu(a: Tensor) -> Tensor:
-    return a * torch.sigmoid(1.702 * a)
+def _swish(a: Tensor, beta: float = 1.702) -> Tensor:
+    return a * torch.sigmoid(beta * a)
 
 
-def _dquick_gelu(a: Tensor) -> Tensor:
-    s = torch.sigmoid(1.702 * a)
-    return s * (1 + 1.702 * a * (1 - s))
+def _dswish(a: Tensor, beta: float = 1.702) -> Tensor:
+    s = torch.sigmoid(beta * a)
+    return s * (1 + beta * a * (1 - s))
+
+
+def _dsoftplus(a: Tensor, beta: float) -> Tensor:
+    return torch.where(a * beta > 20, 1.0, torch.sigmoid(a * beta)).to(a.dtype)  # 20: where torch turns linear
+
+
+def _dselu(a: Tensor) -> Tensor:
+    scale, alpha = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+    return scale * torch.where(a > 0, 1.0, alpha * a.exp()).to(a.dtype)
+
+
+def _dhardswish(a: Tensor) -> Tensor:
+    return torch.where(a < 3, torch.where(a > -3, a / 3 + 0.5, 0.0), 1.0).to(a.dtype)
+
+
+_SIXTH = float(torch.tensor(1 / 6))  # in float32, as torch's derivative of hardsigmoid has it in every dtype
+
+
+def _between(a: Tensor, low: float, high: float) -> Tensor:
+    """Derivative of hardtanh as torch defines it: 1 on the open interval."""
+    return ((a > low) & (a < high)).to(a.dtype)
 
 
 _pointwise("silu", F.silu, _dsilu)
 _pointwise("gelu", F.gelu, _dgelu)
 _pointwise("gelu_tanh", lambda a: F.gelu(a, approximate="tanh"), _dgelu_tanh)
-_pointwise("quick_gelu", _quick_gelu, _dquick_gelu)
+_pointwise("quick_gelu", _swish, _dswish)
 _pointwise("relu", F.relu, lambda a: (a > 0).to(a.dtype))
 _pointwise("relu2", lambda a: F.relu(a).square(), lambda a: 2 * F.relu(a))
 _pointwise("sigmoid", torch.sigmoid, _dsigmoid)
 _pointwise("tanh", torch.tanh, lambda a: 1 - torch.tanh(a).square())
 _pointwise("identity", lambda a: a, torch.ones_like)
-_pointwise("leaky_relu", lambda a: F.leaky_relu(a, 0.01), lambda a: torch.where(a > 0, 1.0, a.new_tensor(0.01)))
-_pointwise("elu", F.elu, lambda a: torch.where(a > 0, 1.0, a.exp()).to(a.dtype))
+_pointwise("leaky_relu", F.leaky_relu, lambda a, slope: torch.ones_like(a).where(a > 0, slope), slope=0.01)
+_pointwise("elu", F.elu, lambda a, alpha: torch.where(a > 0, 1.0, alpha * a.exp()).to(a.dtype), alpha=1.0)
+_pointwise("selu", F.selu, _dselu)
+_pointwise("softplus", F.softplus, _dsoftplus, beta=1.0)
+_pointwise("softsign", F.softsign, lambda a: (1 + a.abs()).square().reciprocal())
+_pointwise("swish", _swish, _dswish, beta=None)
+_pointwise("relu6", F.relu6, lambda a: _between(a, 0.0, 6.0), ("relu6", "hardtanh"))
+_pointwise("hardswish", F.hardswish, _dhardswish, ("hardswish",))
+_pointwise("hardsigmoid", F.hardsigmoid, lambda a: _between(a, -3.0, 3.0) * _SIXTH, ("hardsigmoid",))
 _pointwise("mish", F.mish, lambda a: _dmish(a))
 
 
@@ -112,6 +160,9 @@ def _dmish(a: Tensor) -> Tensor:
 
 
 # --- silu(min(gate, limit)) * clamp(up, -limit, limit): DeepSeek-V4, GLM-5, Hunyuan-V4
+
+
+_CLAMPS = ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_max")
 
 
 def _inside(a: Tensor, low: float, high: float) -> Tensor:
@@ -129,7 +180,7 @@ def _swiglu_clamp_backward(dh: Tensor, gate: Tensor, up: Tensor, limit: float) -
     return dgate, dh * F.silu(g) * _inside(up, -limit, limit)
 
 
-_register("swiglu_clamp", True, ("limit",), _swiglu_clamp, _swiglu_clamp_backward)
+_register("swiglu_clamp", True, ("limit",), _swiglu_clamp, _swiglu_clamp_backward, bends=_CLAMPS)
 
 
 # --- min(silu(gate), limit) * clamp(up, -limit, limit): Step-3.7 clamps after the activation
@@ -145,7 +196,7 @@ def _swiglu_step_backward(dh: Tensor, gate: Tensor, up: Tensor, limit: float) ->
     return dgate, dh * s.clamp(max=limit) * _inside(up, -limit, limit)
 
 
-_register("swiglu_step", True, ("limit",), _swiglu_step, _swiglu_step_backward)
+_register("swiglu_step", True, ("limit",), _swiglu_step, _swiglu_step_backward, bends=_CLAMPS)
 
 
 # --- g * sigmoid(alpha * g) * (u + 1), g = min(gate, limit), u = clamp(up, -limit, limit): gpt-oss, MiniMax-M3
@@ -163,7 +214,7 @@ def _swiglu_oai_backward(dh: Tensor, gate: Tensor, up: Tensor, alpha: float, lim
     return dgate, dh * g * s * _inside(up, -limit, limit)
 
 
-_register("swiglu_oai", True, ("alpha", "limit"), _swiglu_oai, _swiglu_oai_backward)
+_register("swiglu_oai", True, ("alpha", "limit"), _swiglu_oai, _swiglu_oai_backward, bends=_CLAMPS)
 
 
 # --- softcap(gate) * sigmoid(gate) * softcap(up), softcap_c(a) = c * tanh(a / c): Inkling-2

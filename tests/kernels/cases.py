@@ -15,7 +15,14 @@ from moe_fx.kernels.registry import Capability
 from moe_fx.reference import ACTIVATIONS
 from moe_fx.spec import CombineSpec, ExpertSpec, MoESpec
 
-PARAMS = {"alpha": 1.702, "limit": 0.5, "gate_cap": 1.5, "up_cap": 2.5}  # small, so that limits are reached
+PARAMS = {
+    "alpha": 1.702,
+    "limit": 0.5,
+    "gate_cap": 1.5,
+    "up_cap": 2.5,
+    "slope": 0.2,
+    "beta": 1.5,
+}  # small, so that limits are reached
 E, K, H, I, T = 6, 3, 24, 16, 13  # noqa: E741
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from idioms import lookalikes_effects  # noqa: F401  registers its look-alikes
+from idioms import lookalikes_effects, lookalikes_numbers  # noqa: F401  register their look-alikes
 from idioms.harness import EXPERTS, HIDDEN, compiled, hidden_states, relative, run
 from idioms.lookalikes import LOOKALIKES
 from idioms.parts import ExpertList, Mlp, Router
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import moe_fx
 from moe_fx import backend
-from moe_fx.passes import coverage, dataflow, exact, fingerprint, match, rewrite, sampling, verify
+from moe_fx.passes import coverage, dataflow, exact, fingerprint, id_range, match, rewrite, sampling, verify
 
 from .test_mutants import Gathered
 
@@ -52,7 +52,34 @@ def _differs(name: str) -> bool:
 
 
 def _no_coverage(patch: pytest.MonkeyPatch) -> None:
+    """Nor planted numbers and rows with NaN, which find the same defects."""
     patch.setattr(coverage.Coverage, "missing", lambda self: [])
+    _nothing_planted(patch)
+    _finite_rows_only(patch)
+
+
+def _nothing_planted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(verify, "planted", lambda *_: [])
+
+
+def _finite_rows_only(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(verify, "_same_where_finite", lambda *_: None)
+
+
+def _casts_keep_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(verify, "loses", lambda *_: None)
+
+
+def _ids_survive_casts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(id_range, "LIMITS", {})
+
+
+def _quotients_decide_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(coverage.Coverage, "_by_constant", lambda *_: False)
+
+
+def _sizes_are_exact(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(coverage.Coverage, "_sizes", lambda _: [])
 
 
 def _positive_weights(patch: pytest.MonkeyPatch) -> None:
@@ -111,7 +138,7 @@ def _rows_of_one_scale(patch: pytest.MonkeyPatch) -> None:
 WEAKENED: dict[str, tuple[Patch, str]] = {
     "decisions seen one way only": (_no_coverage, "NaNToNumber"),
     "capacity never reached": (_no_coverage, "CutTokens"),
-    "routing weights positive": (_positive_weights, "DroppedBelow"),
+    "routing weights positive": (_positive_weights, "WeightsFloored"),
     "ids believed inside": (_ids_believed_inside, "CopyingExpert1of1"),
     "one routing for all samples": (_always_the_first_experts, "OneExpertTwice"),
     "writes unseen": (_writes_unseen, "HardtanhInPlace"),
@@ -119,6 +146,12 @@ WEAKENED: dict[str, tuple[Patch, str]] = {
     "gradients not compared": (_no_gradients_compared, "OneExpertDetached"),
     "tolerance": (_loose_tolerance, "WeightsSquared"),
     "one sequence": (_one_sequence_only, "OtherOrderOfRows"),
+    "nothing planted": (_nothing_planted, "Band"),
+    "no NaN": (_finite_rows_only, "ReluByWhere"),
+    "casts keep all": (_casts_keep_all, "PlacesInBytes"),
+    "ids survive casts": (_ids_survive_casts, "IdsInBytes"),
+    "quotients": (_quotients_decide_nothing, "PlacesShifted"),
+    "sizes": (_sizes_are_exact, "QuotientOfLength"),
     "rows of one scale": (_rows_of_one_scale, "Ceiling1e+05"),
 }
 

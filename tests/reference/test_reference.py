@@ -15,7 +15,7 @@ from moe_fx.reference import ACTIVATIONS, experts_backward, experts_forward
 from moe_fx.spec import CombineSpec, ExpertSpec, MoESpec, Norm
 
 E, K, H, I, T = 5, 3, 7, 4, 11  # noqa: E741
-PARAMS = {"alpha": 1.702, "limit": 0.7, "gate_cap": 1.5, "up_cap": 2.5}
+PARAMS = {"alpha": 1.702, "limit": 0.7, "gate_cap": 1.5, "up_cap": 2.5, "slope": 0.2, "beta": 1.5}
 DOUBLE = torch.float64
 ORDERS = ["gate_up", "up_gate", "interleaved"]
 

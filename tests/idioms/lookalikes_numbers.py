@@ -1,0 +1,123 @@
+"""Near misses whose difference lies in numbers that random samples do not meet: narrow bands, far thresholds, quotients
+of places and lengths, casts that wrap round or overflow, rows with NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .harness import EXPERTS, TOP_K
+from .lookalikes import act, lengths, lookalike, scaled
+from .parts import ExpertList, Router, Stacked
+
+
+def _band(h: Tensor) -> Tensor:
+    return torch.where(h > 3, torch.where(h < 3.001, 0.0, h), F.relu(h))
+
+
+act("Band", _band, inputs=lambda: [*scaled(1)(), *scaled(3, tokens=2000)()])
+act("BandByMasks", lambda h: F.relu(h) * (1 - (h > 3).to(h.dtype) * (h < 3.001).to(h.dtype)))
+act("BandByXor", lambda h: torch.where(torch.logical_xor(h > 3, h > 3.001), 0.0, F.relu(h)))
+act("BandDetached", lambda h: torch.where((h > 3) & (h < 3.001), h.detach(), F.relu(h)), train=True)
+act("FarSigmoid", lambda h: F.relu(h) * (1 + torch.sigmoid(h * 1e-3 - 40)), inputs=scaled(1, 1e6))
+act("WholePart", lambda h: F.relu(h) * (1 + (h * 1e-3).to(torch.int32)), inputs=scaled(1, 1e4))
+act(
+    "Exponent",
+    lambda h: F.relu(h) * (1 + torch.div(torch.frexp(h)[1], 40, rounding_mode="trunc")),
+    inputs=scaled(1, 1e13),
+)
+act("ThroughHalf", lambda h: F.relu(h).half().to(h.dtype), inputs=scaled(1e6))
+act("ReluByWhere", lambda h: torch.where(h > 0, h, 0.0))
+act("ReluByMaximumOfNumbers", lambda h: torch.fmax(h, torch.zeros_like(h)))
+
+
+class _Places(ExpertList):
+    """``share`` of a (token, slot) pair's place in its expert's list."""
+
+    def share(self, place: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            share = weights[token, slot] * self.share(torch.arange(token.shape[0], device=x.device))
+            out.index_add_(0, token, expert(x[token]) * share[:, None])
+        return out
+
+
+def _places(name: str, share: Callable[[Tensor], Tensor]) -> None:
+    lookalike(inputs=lengths(12, 9000), dynamic=True)(
+        type(name, (_Places,), {"share": lambda self, place: share(place)})
+    )
+
+
+_places("PlacesDivided", lambda place: 1 - (place // 2000).clamp(max=1))
+_places("PlacesShifted", lambda place: 1 - (place >> 11))
+_places("PlacesMasked", lambda place: 1 - (place & 2048) / 2048)
+_places("PlacesModulo", lambda place: place % 2000 - place + 1)
+_places("PlacesInBytes", lambda place: 1 + place - place.to(torch.uint8))
+
+
+@lookalike(inputs=lengths(12, 9000), dynamic=True)
+class CutByEllipsis(ExpertList):
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = (t[..., :2000] for t in torch.where(ids == e))
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
+@lookalike(inputs=lengths(12, 4000), dynamic=True)
+class QuotientOfLength(ExpertList):
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            share = weights[token, slot, None] * (1 + x.shape[0] // 3000)
+            out.index_add_(0, token, expert(x[token]) * share)
+        return out
+
+
+class _Cast(Stacked):
+    """Ids in a dtype that does not hold them all."""
+
+    dtype = torch.int8
+
+    def __init__(self) -> None:
+        super().__init__(lambda: Router(300, TOP_K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        ids = ids.to(self.dtype).long()
+        rows = F.silu(torch.einsum("th,tkhi->tki", x, self.w1[ids])) * torch.einsum("th,tkhi->tki", x, self.w3[ids])
+        return torch.einsum("tki,tkih,tk->th", rows, self.w2[ids], weights)
+
+
+@lookalike()
+class IdsInBytes(_Cast):
+    pass
+
+
+@lookalike()
+class IdsInHalf(_Cast):
+    dtype = torch.bfloat16
+
+
+@lookalike()
+class WeightsThroughHalf(ExpertList):
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            token, slot = torch.where(ids == e)
+            share = (weights[token, slot, None] * 1e-7).half().to(x.dtype) * 1e7
+            out.index_add_(0, token, self.experts[e](x[token]) * share)
+        return out
