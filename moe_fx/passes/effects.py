@@ -6,9 +6,11 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from moe_fx.passes.additions import escapes
-from moe_fx.passes.dataflow import Dataflow, fake, tensors
+from moe_fx.passes.dataflow import Dataflow, fake, target_name, tensors
 from moe_fx.passes.regions import Region
 from moe_fx.reasons import Reject
+
+_CUTS = {"detach", "detach_", "data", "_get_data_attr"}  # a tensor of the same memory without a gradient
 
 
 def effects(flow: Dataflow, region: Region, boundary: list[Node], derived: set[Node]) -> Reject | None:
@@ -40,6 +42,11 @@ def _escapes(flow: Dataflow, region: Region, derived: set[Node]) -> Reject | Non
     for node in region.aliases:
         if not _same_layout(node, region.out):
             return Reject("find.escape", f"{node.name} views the result in another shape", node.name)
+    if region.training:
+        for node in flow.nodes:
+            if target_name(node) in _CUTS and flow.storages[node] & shared and flow.position[node] <= end:
+                text = f"{node.name} shares the result's memory and not its gradient"
+                return Reject("find.escape", text, node.name)
     return None
 
 
@@ -87,4 +94,7 @@ def _modes(flow: Dataflow, region: Region) -> Reject | None:
     if len({flow.modes[n] for n in floats}) > 1:
         return Reject("find.autocast", "autocast or grad mode changes inside the block", region.nodes[0].name)
     region.mode = flow.modes[floats[0]]
+    if region.start is not None and _own(flow, region) and flow.modes[region.start] != region.mode:
+        text = f"adds to {region.start.name} in place in another autocast or grad mode than made it"
+        return Reject("find.autocast", text, region.start.name)
     return None

@@ -159,7 +159,7 @@ def _fits(act: Activation, params: tuple[float, ...], gate: Tensor, up: Tensor |
         error, scale = (found - hidden[rows]).norm(dim=-1), hidden[rows].norm(dim=-1)
         if not bool((error <= _CLOSE * scale).all()):
             return False
-    return bool(scale.max() > 0)
+    return bool((scale > 0).any())
 
 
 def _nearest_activation(region: Region) -> str:

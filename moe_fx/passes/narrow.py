@@ -1,4 +1,4 @@
-"""Casts inside a block that can lose what float64 keeps: VERIFY's mathematics does not see them, so they are refused.
+"""Values inside a block that their dtype may not hold: VERIFY's mathematics, in float64, does not see it.
 
 before: ``ids.to(torch.int8)`` with 300 experts, ``position.to(torch.uint8)``, ``h.half().float()`` in float32 experts
 after:  a Reject; ids whose range fits, masks and one-hot codes are left alone
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from moe_fx.passes.dataflow import fake, is_integer, target_name, tensor
@@ -18,51 +19,61 @@ from moe_fx.reasons import Reject
 
 _KEEPS = {"reshape", "view", "flatten", "unflatten", "to", "long", "int", "type", "contiguous", "clone", "detach"}
 _KEEPS |= {"unsqueeze", "squeeze", "expand", "transpose", "t", "permute", "getitem", "__getitem__", "select", "gather"}
-_KEEPS |= {"index_select", "sort", "repeat_interleave", "unbind", "split", "chunk"}
+_KEEPS |= {"index_select", "sort", "repeat_interleave", "unbind", "split", "chunk", "float", "half", "bfloat16", "byte"}
+_SUMS, _COUNTS = {"sum", "cumsum"}, {"bincount", "histc", "where", "nonzero", "argsort"}
 _DEEPEST = 40
 
 
 def loses(region: Region, bounds: IdRange) -> Reject | None:
-    """The first cast that can lose something; bounds: of the ids."""
+    """The first value that its dtype may not hold; bounds: of the ids."""
     kept = {fake(n).dtype for n in (region.x, *region.weight_nodes, *region.params)}
     kept |= {fake(use).dtype for bank in (*region.ups, region.down) for use in bank.uses}
     if region.weights is not None:
         kept.add(fake(region.weights).dtype)
     least = min(fake(n).dtype.itemsize for n in (region.x, region.down.params[0]))
+    whole = {region.ids}  # integers, and floats made of integers alone
     for node in region.nodes:
         t = tensor(node)
         if t is None:
             continue
-        if t.is_floating_point() and t.dtype.itemsize < least and t.dtype not in kept:
+        sources = [n for n in node.all_input_nodes if tensor(n) is not None]
+        if is_integer(t) or (sources and whole.issuperset(sources)):
+            whole.add(node)
+            limit = LIMITS.get(t.dtype, math.inf)
+            if limit < math.inf and (bound := _bound(node, region, bounds, _DEEPEST)) > limit:
+                text = f"{node.name} may reach {bound}, and {t.dtype} holds whole numbers up to {limit}"
+                return Reject("match.weights", text, node.name)
+        elif t.is_floating_point() and t.dtype.itemsize < least and t.dtype not in kept:
             text = f"the block passes through {t.dtype}, which is narrower than what it reads"
             return Reject("match.weights", text, node.name)
-        limit = LIMITS.get(t.dtype, math.inf)
-        sources = [(n, s) for n in node.all_input_nodes if (s := tensor(n)) is not None]
-        if not all(is_integer(s) for _, s in sources):
-            continue  # picks by indices
-        for source, before in sources:
-            if before.dtype in (t.dtype, torch.bool):
-                continue
-            if (bound := _bound(source, region, bounds, _DEEPEST)) > limit:
-                text = f"{source.name} may exceed {limit}, and {t.dtype} would not hold it ({bound})"
-                return Reject("match.weights", text, node.name)
     return None
 
 
 def _bound(node: Node, region: Region, bounds: IdRange, depth: int) -> float:
-    """The largest absolute value of an integer tensor of the region; inf where nothing is known."""
+    """The largest absolute value of a tensor of whole numbers; inf where nothing is known."""
     if node is region.ids:
         return max(abs(bounds[0]), abs(bounds[1]))
     t, name = tensor(node), target_name(node)
-    if (t is not None and t.dtype == torch.bool) or name == "one_hot":
+    if (t is not None and t.dtype == torch.bool) or name in ("one_hot", "ones", "ones_like", "new_ones"):
         return 1
-    inputs = [n for n in node.all_input_nodes if tensor(n) is not None or target_name(n) == "sort"]
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return 0
+    inputs = [n for n in node.all_input_nodes if tensor(n) is not None or target_name(n) in ("sort", "where", "split")]
     if depth == 0 or not inputs:
-        return math.inf
+        return _length(t) if name == "arange" and len(node.args) == 1 else math.inf
+    values = [_bound(n, region, bounds, depth - 1) for n in inputs]
     if name in _KEEPS:
-        return _bound(inputs[0], region, bounds, depth - 1)
-    if name in ("sum", "cumsum", "bincount", "histc"):
-        source = tensor(inputs[0])
-        size = math.inf if source is None else math.prod(s if isinstance(s, int) else math.inf for s in source.shape)
-        return size * _bound(inputs[0], region, bounds, depth - 1) if name in ("sum", "cumsum") else size
-    return math.inf
+        return values[0]
+    if name in _SUMS:
+        return 0 if values[0] == 0 else values[0] * _length(tensor(inputs[0]))
+    if name in _COUNTS:
+        return _length(tensor(inputs[0]))
+    numbers = [abs(float(a)) for a in node.args if isinstance(a, (int, float))]
+    if name in ("mul", "imul"):
+        return math.prod([*values, *numbers])
+    return sum([*values, *numbers]) if name in ("add", "iadd", "sub", "isub") else math.inf
+
+
+def _length(t: Tensor | None) -> float:
+    """The number of elements; inf where it varies."""
+    return math.prod(s if isinstance(s, int) else math.inf for s in t.shape) if t is not None else math.inf

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from moe_fx.binding import split_gate_up
 from moe_fx.passes.banks import Bank
 from moe_fx.passes.dataflow import target_name, tensor
 from moe_fx.passes.match import Proposal
@@ -79,6 +80,18 @@ def planted(sampler: Sampler, proposal: Proposal) -> Iterator[Sample]:
                 matrix = _rows(region, sample, bank, half, token, len(part))
                 sample.x[token] = torch.linalg.lstsq(matrix, chosen).solution
         yield sample
+
+
+def at_zero(sampler: Sampler, proposal: Proposal) -> Iterator[Sample]:
+    """A sample whose activations are at exactly 0 in the first row, where many bend: no bias there, x is 0."""
+    sample, at, experts = sampler.draw(max(sampler.token_counts()), "random", torch.float64), 0, sampler.experts
+    for operand in proposal.binding.operands:
+        nodes = proposal.operands[at : at + operand.count(experts)]
+        at += len(nodes)
+        for bias in (sample.operands[n] for n in nodes if operand.role in ("w1_bias", "w13_bias")):
+            (split_gate_up(bias, operand.order)[0] if operand.role == "w13_bias" else bias).zero_()
+    sample.x[0] = 0
+    yield sample
 
 
 def _parts(values: list[Any], size: int) -> list[list[Any]]:

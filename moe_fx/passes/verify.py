@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from moe_fx.passes.exact import run_exact
 from moe_fx.passes.id_range import IdRange
 from moe_fx.passes.match import Proposal, sample_operands
 from moe_fx.passes.narrow import loses
-from moe_fx.passes.planting import planted
+from moe_fx.passes.planting import at_zero, planted
 from moe_fx.passes.regions import Region
 from moe_fx.passes.sampling import Sample, Sampler
 from moe_fx.passes.shrink import Twin
@@ -69,7 +69,7 @@ def _formula(region: Region, proposal: Proposal, sampler: Sampler, training: boo
     if missing := coverage.missing():
         text = f"no sample takes these decisions both ways: {', '.join(missing[:4])}"
         return Reject("verify.coverage", text, region.out.name)
-    for sample in planted(sampler, proposal):
+    for sample in itertools.chain(planted(sampler, proposal), _far_below(sampler)):
         if reject := _same_formula(module, region, proposal, sample):
             return reject
     if reject := _same_where_finite(module, region, proposal, sampler):
@@ -101,6 +101,14 @@ def _same_formula(
     if coverage is not None:
         coverage.commit()
     return None
+
+
+def _far_below(sampler: Sampler) -> Iterator[Sample]:
+    """Where shares are made inside: every chosen weight far below 0, and what is put elsewhere must be lower yet."""
+    for size in (20.0, 60.0, 600.0) if sampler.region.scores is not None else ():
+        sample = sampler.draw(max(sampler.token_counts()), "random", torch.float64)
+        sample.weights.abs_().clamp_(0.1, 1.0).mul_(-size)
+        yield sample
 
 
 def _same_where_finite(module: Any, region: Region, proposal: Proposal, sampler: Sampler) -> Reject | None:
@@ -153,7 +161,7 @@ def _same_derivatives(module: Any, region: Region, proposal: Proposal, sampler: 
     few = max(3, 2 * len(sampler.token_counts()))
     rest = [p for p in patterns[few:] if p not in every]
     draw = partial(sampler.samples, torch.float64)
-    needed = itertools.chain(draw([*patterns[:few], *every]), planted(sampler, proposal))
+    needed = itertools.chain(draw([*patterns[:few], *every]), planted(sampler, proposal), at_zero(sampler, proposal))
     further = itertools.chain(draw(rest), sampler.more())
     for sample in itertools.chain(needed, itertools.takewhile(lambda _: coverage.missing(), further)):
         try:

@@ -230,6 +230,20 @@ def test_nothing_is_kept_of_a_trace() -> None:
     assert len(data_sizes._allowed) == 0
 
 
+class Broadcasts(Loop):
+    """What follows the block selects one row, which is spread over all: with two rows it would be an error."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + x[x[:, 0] >= x[:, 0].max()]
+
+
+def test_sizes_elsewhere_that_the_trace_would_assert_break_the_graph_as_ever() -> None:
+    """The trace would take the one row for as many as there are tokens."""
+    run(Broadcasts(), 12, 30)
+    assert counters["graph_break"]
+
+
 def test_inductor() -> None:
     model = Loop()
     fused = torch.compile(model, backend=BACKEND)

@@ -63,6 +63,21 @@ _places("PlacesModulo", lambda place: place % 2000 - place + 1)
 _places("PlacesInBytes", lambda place: 1 + place - place.to(torch.uint8))
 
 
+@lookalike(inputs=lengths(12, 1500), dynamic=True)
+class CountsInBytes(ExpertList):
+    """Places among an expert's rows, counted in a dtype that wraps round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x)
+        chosen = F.one_hot(ids.reshape(-1), len(self.experts)).to(torch.uint8)
+        place = (chosen.cumsum(0, dtype=torch.uint8) * chosen).sum(-1).view(ids.shape)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where((ids == e) & (place > 0))
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
 @lookalike(inputs=lengths(12, 9000), dynamic=True)
 class CutByEllipsis(ExpertList):
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 import moe_fx
 
-from . import lookalikes_effects, lookalikes_numbers, lookalikes_sums  # noqa: F401  registers
+from . import lookalikes_effects, lookalikes_grads, lookalikes_numbers, lookalikes_sums  # noqa: F401  registers
 from .harness import compiled, hidden_states, relative, run
 from .lookalikes import LOOKALIKES
 

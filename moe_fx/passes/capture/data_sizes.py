@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NoReturn
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -67,9 +68,28 @@ def _note(tracer: Any, error: Exception) -> None:
 
 
 def useless(gm: GraphModule, fused: list[Node]) -> bool:
-    """Whether ``allow`` alone let ``gm`` have sizes from data, and none of them is in the blocks ``fused``."""
-    allowed = _environment() in _allowed
-    return allowed and not any(map(_from_data, fused)) and any(map(_from_data, gm.graph.nodes))
+    """Whether the sizes from data that ``allow`` let into ``gm`` are of no use, none being in the blocks ``fused``, or
+    of harm: others have conditions, which Dynamo turns into assertions that the user's code does not make."""
+    if _environment() not in _allowed:
+        return False
+    graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
+    others = {n for graph in graphs for n in graph.nodes if _from_data(n)} - set(fused)
+    if not any(map(_from_data, fused)):
+        return bool(others)
+    symbols = {s for n in others for s in free_unbacked_symbols(n.meta["example_value"])}
+    asserted = [n.all_input_nodes[0] for n in gm.graph.nodes if "assert_scalar" in target_name(n) and n.all_input_nodes]
+    return any(_demands(n.meta.get("example_value"), symbols) for n in asserted)
+
+
+def _demands(condition: Any, symbols: set[Any]) -> bool:
+    """Whether an asserted condition says more than that sizes, ``symbols`` among them, are not negative and no larger
+    than what was selected from.  One that holds for certain fixed a size when it was traced."""
+    expr = condition.node.expr if isinstance(condition, torch.SymBool) else sympy.true
+    if expr.free_symbols and not expr.free_symbols & symbols:
+        return False
+    if isinstance(expr, sympy.Ge):
+        return not (expr.rhs.is_number and expr.rhs <= 0)
+    return not (isinstance(expr, sympy.Le) and expr.lhs in symbols)
 
 
 def retrace() -> NoReturn:
