@@ -2,6 +2,7 @@
 # make quick  the inner loop, under five minutes
 # make test   all that CI runs
 # make full   every cell of every table, and docs/zoo.md written anew
+# make peers  the experts of other libraries, which really run there (an environment of its own, 0.3 GB to download)
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -12,7 +13,10 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 # each worker of xdist has one thread: two teams of threads on the same cores wait for each other most of the time
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo quick test full lint format clean
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.installed
+
+.PHONY: demo quick test full peers lint format clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +47,16 @@ full: $(STAMP)
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
 	$(PYTEST) || status=1; \
 	$(BIN)/python -m tests.zoo.run --write docs/zoo.md || status=1; exit $$status
+
+$(PEERS_STAMP): pyproject.toml constraints.txt constraints-peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt "$(TORCH)"
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps -r constraints-peers.txt
+	touch $@
+
+peers: $(PEERS_STAMP)
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n $(JOBS) tests/kernels/test_librar*.py tests/e2e/test_libraries.py tests/e2e/test_quantised_libraries.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -16,18 +16,46 @@ from typing import Any
 from moe_fx.reasons import MoEFxError
 
 PACKAGES = ("torch", "transformers", "triton", "torch-tensorrt", "sympy", "rich")
-# private names that capture and verification build on: module, attribute path, what it serves
+# private names that capture, verification and lowering build on: module, attribute path, what it serves
 HOOKS = (
     ("torch._dynamo.symbolic_convert", "InliningInstructionTranslator.inline_call", "loops of transformers' experts"),
-    ("torch._dynamo.exc", "TorchDynamoException", "loops of transformers' experts"),
-    ("torch._dynamo.symbolic_convert", "InstructionTranslator.run", "loops with torch.where, without fullgraph"),
-    ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", "loops with torch.where, without fullgraph"),
+    ("torch._dynamo.variables", "UserFunctionVariable", "loops of transformers' experts"),
+    ("torch._dynamo.exc", "TorchDynamoException", "loops of transformers' experts, and with torch.where"),
+    ("transformers.integrations.moe", "ExpertsInterface.get_interface", "loops of transformers' experts"),
     ("transformers.integrations.moe", "grouped_mm_experts_forward", "loops of transformers' experts"),
+    ("torch._dynamo.symbolic_convert", "InstructionTranslator.run", "loops with torch.where, without fullgraph"),
+    ("torch._dynamo.exc", "BackendCompilerFailed", "loops with torch.where, without fullgraph"),
+    ("torch._dynamo.exc", "RestartAnalysis", "loops with torch.where, without fullgraph"),
+    ("torch._dynamo.exc", "SkipFrame", "loops with torch.where, without fullgraph"),
+    ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", "loops with torch.where, without fullgraph"),
+    ("torch._dynamo.exc", "UnspecializeRestartAnalysis", "loops with torch.where, without fullgraph"),
+    (
+        "torch._dynamo.resume_execution",
+        "ContinueExecutionCache.generated_code_metadata",
+        "loops with torch.where, without fullgraph",
+    ),
+    ("torch._guards", "CompileContext.get", "loops with torch.where, without fullgraph"),
+    ("torch._guards", "TracingContext.try_get", "loops with torch.where, without fullgraph"),
+    ("torch.fx.experimental.symbolic_shapes", "ShapeEnvSettings", "loops with torch.where, without fullgraph"),
+    ("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols", "reading the sizes of a graph"),
+    ("torch.fx.experimental.symbolic_shapes", "statically_known_true", "reading the sizes of a graph"),
+    ("torch._subclasses.fake_tensor", "FakeTensor", "telling captured values from true ones"),
+    ("torch._ops", "HigherOrderOperator", "blocks inside activation checkpointing"),
+    ("torch._ops", "OpOverload", "what an operator writes to"),
     ("torch._guards", "tracing", "verifying apart from Dynamo's state"),
+    ("torch.utils._python_dispatch", "TorchDispatchMode", "verifying in float64"),
     ("torch.utils._python_dispatch", "_disable_current_modes", "verifying apart from Dynamo's state"),
+    ("torch.utils._pytree", "tree_leaves", "the arguments of a node"),
+    ("torch._C", "DisableTorchFunction", "verifying apart from Dynamo's state"),
     ("torch._C", "_DisableAutocast", "ops that autocast does not touch"),
     ("torch._C", "_AutoDispatchBelowAutograd", "ops that save what their backward reads"),
     ("torch.autograd.forward_ad", "_current_level", "refusing forward-mode derivatives"),
+    ("torch.autograd.forward_ad", "_set_fwd_grad_enabled", "refusing forward-mode derivatives"),
+    ("torch._dynamo", "lookup_backend", "inner backends by name"),
+    ("torch._inductor", "list_mode_options", "inner_backend inductor"),
+    ("torch._inductor.compile_fx", "compile_fx", "inner_backend inductor"),
+    ("torch._inductor.runtime.cache_dir_utils", "cache_dir", "measured plans on disk"),
+    ("torch._inductor.decomposition", "decompositions", "kernels inside Inductor's graph"),
     ("torch._inductor.decomposition", "fast_random_decomps", "kernels inside Inductor's graph"),
 )
 
@@ -162,10 +190,12 @@ def _zoo(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     import torch
+    from rich import print as rich_print
+    from rich.table import Table
+    from rich.text import Text
 
-    import moe_fx.kernels.experts  # noqa: F401  registers the built-in kernels
     from moe_fx.hardware import detect
-    from moe_fx.kernels.registry import KERNELS
+    from moe_fx.oracle.priority import survey
 
     print(f"python {sys.version.split()[0]}, moe_fx {_version('moe_fx')}")
     for package in PACKAGES:
@@ -174,14 +204,12 @@ def _doctor(args: argparse.Namespace) -> int:
     print(f"device: {device.name} ({device.kind}, {device.arch}, {device.units} units)")
     peaks = ", ".join(f"{dtype} {peak / 1e12:.3g} TFLOP/s" for dtype, peak in device.peaks)
     print(f"  {device.memory_bytes / 2**30:.0f} GiB at {device.bandwidth / 1e9:.0f} GB/s; {peaks}")
-    print("kernels:")
-    for kernel in sorted(KERNELS.values(), key=lambda k: (k.rank, k.name)):
-        capability, reasons = kernel.capability, []
-        if device.kind not in capability.devices:
-            reasons.append(f"runs on {', '.join(sorted(capability.devices))}")
-        if missing := capability.packages - device.installed:
-            reasons.append(f"needs {', '.join(sorted(missing))}")
-        print(f"  {kernel.name:20} " + ("vetoed: " + "; ".join(reasons) if reasons else "available"))
+    table = Table("layers", "backend", "kernel", "for bfloat16 layers, or quantised as it has them", title="kernels")
+    for entry in survey(device):
+        said = "\n".join(f"{reason.code}: {reason.text}" for reason in entry.reasons)
+        shown = Text(f"vetoed: {said}" if said else "available")  # a reason may hold [brackets]
+        table.add_row(entry.scheme, entry.backend, entry.kernel, shown)
+    rich_print(table)
     print("private hooks:")
     for module, path, purpose in HOOKS:
         print(f"  {'found  ' if _found(module, path) else 'MISSING'} {module}.{path}: {purpose}")

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,32 +19,34 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from moe_fx import __version__, ops, ops_moe  # noqa: F401  ops_moe registers the op of a whole block
+from moe_fx import ops, ops_moe, planning  # noqa: F401  ops_moe registers the op of a whole block
 from moe_fx.dump import Dump
-from moe_fx.hardware import Device, detect
 from moe_fx.kernels import experts as _built_in  # noqa: F401  registers the kernels
-from moe_fx.kernels.registry import KERNELS
+from moe_fx.kernels import libraries as _libraries  # noqa: F401  and the adapters
 from moe_fx.lowerings.dispatch import Dispatch
 from moe_fx.lowerings.inline import inline, run_inline
 from moe_fx.lowerings.inner import compile_inner
-from moe_fx.lowerings.measure import Stopwatch, TunedPlans
+from moe_fx.lowerings.quantising import output_error, sizes
 from moe_fx.options import Options, disabled, resolve
-from moe_fx.oracle import Request, choose, tuned
 from moe_fx.passes.capture import data_sizes, hooks, hugging_face  # noqa: F401  registers
+from moe_fx.passes.computed import sweep
 from moe_fx.passes.dataflow import fake
-from moe_fx.passes.finder import find_regions
+from moe_fx.passes.finder import Found, find_regions
 from moe_fx.passes.fingerprint import fingerprint
 from moe_fx.passes.id_range import IdRange, id_range
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
 from moe_fx.passes.origin import fqn_of, source_of
-from moe_fx.passes.regions import Region, describe, graph_parts, runnable
+from moe_fx.passes.recipes import over_codes, unwrapped
+from moe_fx.passes.regions import Region, describe, graph_parts
 from moe_fx.passes.rewrite import rewrite
 from moe_fx.passes.routers import forget, fuse_routers
 from moe_fx.passes.sampling import Sampler
 from moe_fx.passes.shrink import Twin, shrink
 from moe_fx.passes.verify import verify
+from moe_fx.passes.wrapped import is_wrapped
 from moe_fx.plan import Plan
+from moe_fx.planning import WholePlans, plan_for, quantised_plan, values_of
 from moe_fx.reasons import (
     MoEFxInternalError,
     MoEFxOptionError,
@@ -54,7 +56,7 @@ from moe_fx.reasons import (
     out_of_memory,
 )
 from moe_fx.recorder import RECORDER
-from moe_fx.report import Site
+from moe_fx.report import Quantisation, Site
 
 ops.install(Dispatch())
 
@@ -140,6 +142,7 @@ class _Graph:
         self.seconds: dict[str, float] = {}
         self.captured = 0.0  # seconds of ours while Dynamo traced
         self.dump: Dump | None = None
+        self.computed: list[tuple[Graph, Found]] = []
 
     def write(self, what: Callable[[Dump], None]) -> None:
         """A dump; that it fails costs a warning and no block."""
@@ -160,16 +163,21 @@ class _Graph:
         with self._stage("find", failed):
             for graph, weights, buffers in graph_parts(self.gm, self.inputs):
                 found = find_regions(graph, weights)
+                self.computed.append((graph, found))
                 for node, rejects in found.rejects:
                     sites.append(self._left(node, fqn_of(node), tuple(rejects)))
                 for region in found.regions:
-                    verdict = self._judge(region, buffers)
+                    where, verdict = region.down.uses[0], self._judge(region, buffers)
                     if verdict.proposal is None or verdict.plan is None:
-                        sites.append(self._left(region.down.uses[0], fqn_of(region.down.uses[0]), verdict.rejects))
+                        sites.append(self._left(where, fqn_of(where), verdict.rejects))
                         continue
-                    proposal = replace(verdict.proposal, operands=tuple(region.inputs[i] for i in verdict.operands))
-                    sites.append(self._fused(region, proposal, verdict.plan))
-                    accepted.append((graph, region, proposal, verdict.plan, len(sites) - 1))
+                    whole = replace(verdict.proposal, operands=tuple(region.inputs[i] for i in verdict.operands))
+                    result = self._over_codes(graph, region, whole, verdict.plan, found)
+                    if isinstance(result, Reject):
+                        sites.append(self._left(where, fqn_of(where), (result,)))
+                        continue
+                    sites.append(self._fused(region, *result))
+                    accepted.append((graph, region, *result, len(sites) - 1))
         if _UNAVAILABLE and not accepted:
             failed.append(Reject("capture.unavailable", f"no loop could be made traceable: {_UNAVAILABLE}"))
         if failed:
@@ -189,10 +197,7 @@ class _Graph:
 
     def _judge(self, region: Region, buffers: dict[Node, Tensor]) -> _Verdict:
         """MATCH, PLAN and VERIFY, once per fingerprint."""
-        grad = torch.is_grad_enabled() if region.mode.grad is None else region.mode.grad
-        training = grad and any(
-            t.requires_grad for n in region.inputs if isinstance(t := n.meta.get("example_value"), Tensor)
-        )
+        training = region.training
         if training and region.overwritten:
             text = f"{region.overwritten} writes to what the block reads, which its backward would read again"
             return _Verdict(None, None, rejects=(Reject("find.effect", text, region.overwritten),))
@@ -223,12 +228,13 @@ class _Graph:
             proposal = twin.enlarge(small)
             plan: Plan | None = None
             with self._stage("plan", failed):
-                plan = self._plan(region, proposal, training)
+                plan = plan_for(region, proposal, training, self.options)
             if plan is None:
                 break
             with self._stage("verify", failed), isolated():
                 reject = self._verify(twin, small, plan, bounds, training)
                 if reject is None:
+                    proposal, plan = quantised_plan(region, proposal, plan, training, self.options)
                     positions = tuple(region.inputs.index(n) for n in proposal.operands)
                     self.write(partial(Dump.region, key=key, region=region, proposal=proposal, plan=plan))
                     return _Verdict(replace(proposal, operands=()), plan, positions)  # nodes would keep the graph alive
@@ -237,43 +243,24 @@ class _Graph:
                 break
         return _Verdict(None, None, rejects=tuple(dict.fromkeys(rejects)))
 
-    def _plan(self, region: Region, proposal: Proposal, training: bool) -> Plan:
-        x, w = (n.meta["example_value"] for n in (region.x, region.down.params[0]))
-        request = Request(
-            dtype=str(x.dtype).removeprefix("torch."),
-            weight_dtype=str(w.dtype).removeprefix("torch."),
-            training=training,
-            kernel=self.options.kernel,
-            layout=self.options.layout,
-            memory=self.options.memory,
-            policy=self.options.policy,
-            compiled=self.options.inner_backend == "inductor",
-        )
-        device = _device(runnable(w.device))
-        plan = choose(proposal.spec, proposal.binding, request, device, KERNELS)
-        return self._tuned(plan, proposal, request, device) if self.options.tune else plan
-
-    def _tuned(self, plan: Plan, proposal: Proposal, request: Request, device: Device) -> Plan:
-        """The plan with kernels that were measured, here or by an earlier process."""
-        like = [n.meta["example_value"] for n in proposal.operands]
-        if like[0].device.type == "meta":
-            return plan
-        storage = [(tuple(t.shape), t.stride(), t.dtype) for t in like]
-        block = (str(proposal.spec), str(proposal.binding), storage, request, sorted(KERNELS))
-        machine = (device, torch.get_num_threads(), str(torch.__version__), __version__)
-        plans = TunedPlans()
-        known = plans.read(block, machine)
-        if known is None:
-            try:
-                with isolated():
-                    dtype = getattr(torch, request.dtype)
-                    known = tuned(plan, Stopwatch(proposal.spec, proposal.binding, like, plan.layout, dtype))
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                return plan  # no room for a second bank of weights: the price must do
-            plans.write(known, block, machine)
-        return known
+    def _over_codes(
+        self, graph: Graph, region: Region, proposal: Proposal, plan: Plan, found: Found
+    ) -> tuple[Proposal, Plan] | Reject:
+        """The same over the codes that the weights are made of, where a kernel reads them; a Reject where a weight is a
+        tensor subclass that the op cannot take."""
+        with self._stage("match") as failed:
+            wrapped = any(is_wrapped(node) for node in proposal.operands)
+            if not wrapped and not any(bank.params in found.computed for bank in (*region.ups, region.down)):
+                return proposal, plan
+            if not region.training and (over := over_codes(graph, proposal, found.computed)) is not None:
+                with suppress(MoEFxUnsupportedError):  # a kernel that was asked for reads the computed weights
+                    return over, plan_for(region, over, False, self.options)
+            if (plain := unwrapped(graph, proposal)) is not None:
+                return plain, plan
+            first = proposal.operands[0]
+            text = f"a {type(fake(first)).__name__} multiplies otherwise than what it stands for"
+            return Reject("match.weights", text, first.name)
+        return failed[0]
 
     def _verify(self, twin: Twin, small: Proposal, plan: Plan, bounds: IdRange, training: bool) -> Reject | None:
         if self.options.verify == "off":
@@ -298,6 +285,8 @@ class _Graph:
                 sites[index] = self._left(where if where in graph.nodes else None, fqn, tuple(failed))
         if accepted:
             with self._stage("rewrite") as failed:
+                for graph, found in self.computed:
+                    sweep(graph, found.computed.values())
                 for graph in {id(g): g for g, *_ in accepted}.values():
                     graph.lint()
                     if graph.owning_module is not None:
@@ -305,20 +294,24 @@ class _Graph:
             if failed:
                 sites.append(self._left(None, "", tuple(failed)))
         if calls and self.options.router == "fuse":
-            self._fuse_routers(calls, sites)
+            blocks = {index: (region, proposal) for _, region, proposal, _, index in accepted}
+            plans = WholePlans({call: blocks[index] for call, index in calls.items()}, self.options)
+            self._fuse_routers(calls, sites, plans)
 
-    def _fuse_routers(self, calls: dict[Node, int], sites: list[Site]) -> None:
+    def _fuse_routers(self, calls: dict[Node, int], sites: list[Site], plans: WholePlans) -> None:
         """Routers that a RouterSpec describes go into the op of their experts; others stay, and the report says why."""
         with self._stage("router") as failed:
-            for outcome in fuse_routers(self.gm, self.inputs):
+            for outcome in fuse_routers(self.gm, self.inputs, plans):
                 if (index := calls.get(outcome.call)) is None:
                     continue  # a call that the user wrote
                 site = sites[index]
                 if outcome.router is None or site.spec is None:
+                    plans.kept(outcome.call, outcome.reason)
                     sites[index] = replace(site, note=f"{site.note} router kept: {outcome.reason}".strip())
                 else:
                     spec = replace(site.spec, router=outcome.router)
-                    sites[index] = replace(site, spec=spec, binding=outcome.binding)
+                    plan = plans.made.get(outcome.call, site.plan)
+                    sites[index] = replace(site, spec=spec, binding=outcome.binding, plan=plan)
         if failed:
             sites.append(self._left(None, "", tuple(failed)))
 
@@ -336,7 +329,24 @@ class _Graph:
             replaced=len(region.nodes),
             note=self._doubt(region),
             seconds=(),
+            quantised=self._quantised(region, proposal, plan),
         )
+
+    def _quantised(self, region: Region, proposal: Proposal, plan: Plan) -> Quantisation | None:
+        """What ``options.quantize`` does to the block; to its output where the weights have values."""
+        if self.options.quantize is None:
+            return None
+        before, after = sizes(proposal.spec, proposal.binding, [fake(n) for n in proposal.operands])
+        operands = values_of(proposal.operands, self.gm, self.inputs)
+        if operands is None:
+            return Quantisation(self.options.quantize, before, after)
+        with self._stage("quantise"), isolated():
+            try:
+                error = output_error(proposal.spec, proposal.binding, plan, operands, fake(region.x).dtype)
+            except Exception as failure:
+                text = f"quantize={self.options.quantize!r} failed on {fqn_of(region.down.uses[0])}: {failure}"
+                raise MoEFxUnsupportedError(text) from failure
+        return Quantisation(self.options.quantize, before, after, error)
 
     def _doubt(self, region: Region) -> str:
         """What was not verified; "" when all was."""
@@ -382,19 +392,9 @@ class _Graph:
         warnings.warn(f"moe_fx left a block as it was; stage {text}", MoEFxWarning, stacklevel=3)
 
 
-_DEVICES: dict[str, Device] = {}
-
-
-def _device(device: torch.device) -> Device:
-    key = str(device)
-    if key not in _DEVICES:
-        _DEVICES[key] = detect(device)
-    return _DEVICES[key]
-
-
 def reset() -> None:
     """Forgets every report, verdict and device description; compiled code stays valid."""
     _VERDICTS.clear()
     forget()
-    _DEVICES.clear()
+    planning.forget()
     RECORDER.reset()

@@ -7,18 +7,25 @@ It prints to one line and parses back, like the spec.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from moe_fx.quant import UNQUANTISED, QuantKey, QuantSpec, parse_key
+
 Role = Literal[
-    "w13", "w1", "w3", "w2", "w13_bias", "w1_bias", "w3_bias", "w2_bias", "norm", "router_bias", "expert_scale"
+    "w13", "w1", "w3", "w2", "w13_bias", "w1_bias", "w3_bias", "w2_bias", "norm", "router_bias", "expert_scale",
+    "w13_scale", "w1_scale", "w3_scale", "w2_scale", "w13_zero", "w1_zero", "w3_zero", "w2_zero",
+    "w13_gscale", "w1_gscale", "w3_gscale", "w2_gscale", "a1_scale", "a2_scale", "a1_gscale", "a2_gscale",
 ]  # fmt: skip
+MATRICES: tuple[Role, ...] = ("w13", "w1", "w3", "w2")  # the other roles of the experts go with one of these
+ACTIVATION_ROLES: tuple[Role, ...] = ("a1_scale", "a2_scale", "a1_gscale", "a2_gscale")  # one tensor each
 ROUTER_ROLES: tuple[Role, ...] = ("router_bias", "expert_scale")  # one tensor [E] each, after all roles of the experts
-Form = Literal["stacked", "list", "flat"]
+Form = Literal["stacked", "list", "flat"]  # of a model's tensors
+Packed = Literal["packed"]  # of a copy in the order of one library
 Order = Literal["gate_up", "up_gate", "interleaved"]
 GRAMMAR = "bind/1"
 
@@ -27,20 +34,27 @@ GRAMMAR = "bind/1"
 class Operand:
     """One role.
 
-    form: "stacked" one tensor [E, out, in]; "list" E tensors [out, in]; "flat" one tensor [E*out, in].
+    form: "stacked" one tensor [E, out, in]; "list" E tensors [out, in]; "flat" one tensor [E*out, in]; "packed" one
+    tensor [E, ...] that only the kernel reads whose layout it is.
     transposed: the last two sizes are [in, out].
     order: of the 2I rows of w13 and w13_bias: gate then up, up then gate, or gate and up in turn.
-    Biases are [E, out] ("stacked") or E tensors [out] ("list"); norm is one tensor [H]; those of the router are [E].
+    Biases are [E, out] ("stacked") or E tensors [out] ("list"); norm is one tensor [H]; those of the router are [E];
+    scales, zero points and global scales are as in ``Quantised``, and those of activations one tensor each.
     """
 
     role: Role
-    form: Form = "stacked"
+    form: Form | Packed = "stacked"
     transposed: bool = False
     order: Order = "gate_up"
 
     def count(self, experts: int) -> int:
         """How many tensors hold the role."""
-        return experts if self.form == "list" and self.role != "norm" else 1
+        return experts if self.form == "list" and not self.shared else 1
+
+    @property
+    def shared(self) -> bool:
+        """One tensor, not one an expert."""
+        return self.role == "norm" or self.role in ACTIVATION_ROLES
 
     def __str__(self) -> str:
         return f"{self.role}:{self.form}:{'in_out' if self.transposed else 'out_in'}:{self.order}"
@@ -86,7 +100,50 @@ def split_router(binding: WeightBinding) -> tuple[WeightBinding, tuple[Role, ...
     return WeightBinding(experts), roles
 
 
-Matrices = Tensor | list[Tensor]  # [E, out, in], or E matrices [out, in]; biases [E, out] or E vectors [out]
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """Matrices held as codes: those of all experts, or after ``[e]`` of one.
+
+    codes: [E, out, in] of the key's dtype; of fewer than eight bits packed along ``in`` into uint8, lowest bits first
+    (two codes a byte, or four in three bytes).  int4 is unsigned, 0 … 15.
+    scale, zero: [E, *key.group.scales(out, in)]; zero uint8 or int8.  global_scale: float32 [E].
+    """
+
+    key: QuantKey
+    codes: Tensor | list[Tensor]
+    scale: Tensor | list[Tensor]
+    zero: Tensor | list[Tensor] | None = None
+    global_scale: Tensor | list[Tensor] | None = None
+
+    def __getitem__(self, e: int) -> Quantised:
+        zero = None if self.zero is None else self.zero[e]
+        whole = None if self.global_scale is None else self.global_scale[e]
+        return Quantised(self.key, self.codes[e], self.scale[e], zero, whole)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[(E,) out, in] of the matrices, as if they were not packed."""
+        assert isinstance(self.codes, Tensor)
+        packed = self.codes.shape
+        bits = 8 if self.codes.dtype != torch.uint8 else self.key.bits
+        return torch.Size([*packed[:-1], packed[-1] * 8 // bits])
+
+
+Vectors = Tensor | list[Tensor]  # biases: [E, out], or E vectors [out]
+Matrices = Tensor | list[Tensor] | Quantised  # [E, out, in], or E matrices [out, in]
+
+
+@dataclass(frozen=True, slots=True)
+class InputScales:
+    """Given scales of the inputs of the two products, float32: one number, or [E] with one for each expert.
+
+    a1, a2: of static keys.  a1_global, a2_global: of keys with a global scale; without one it comes from the values.
+    """
+
+    a1: Tensor | None = None
+    a2: Tensor | None = None
+    a1_global: Tensor | None = None
+    a2_global: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -94,20 +151,21 @@ class Experts:
     """Uniform view of the operands: matrices as [out, in], never copied.
 
     up: one member (w13, or w1 of an ungated expert) or two (gate, up).  bias: as many members, or none.
-    order: of the rows of a single gated member.
+    order: of the rows of a single gated member.  scales: given ones of the activations.
     """
 
     up: tuple[Matrices, ...]
     down: Matrices
-    up_bias: tuple[Matrices, ...]
-    down_bias: Matrices | None
+    up_bias: tuple[Vectors, ...]
+    down_bias: Vectors | None
     norm: Tensor | None
     order: Order
+    scales: InputScales = field(default_factory=InputScales)
 
 
-def bind(binding: WeightBinding, operands: list[Tensor], experts: int) -> Experts:
+def bind(binding: WeightBinding, operands: list[Tensor], experts: int, quant: QuantSpec = UNQUANTISED) -> Experts:
     """operands, in the order of ``binding`` (a "list" role takes E of them) → Experts."""
-    found: dict[str, Matrices] = {}
+    found: dict[str, Vectors] = {}
     position = 0
     for operand in binding.operands:
         count = operand.count(experts)
@@ -121,21 +179,32 @@ def bind(binding: WeightBinding, operands: list[Tensor], experts: int) -> Expert
     assert norm is None or isinstance(norm, Tensor)
     first = binding.role(up_roles[0])  # type: ignore[arg-type]
     return Experts(
-        up=tuple(found[r] for r in up_roles),
-        down=found["w2"],
+        up=tuple(_matrices(found, role, quant.w13) for role in up_roles),
+        down=_matrices(found, "w2", quant.w2),
         up_bias=tuple(found[f"{r}_bias"] for r in up_roles if f"{r}_bias" in found),
         down_bias=found.get("w2_bias"),
         norm=norm,
         order=first.order if first else "gate_up",
+        scales=InputScales(*(t for role in ACTIVATION_ROLES if isinstance(t := found.get(role), Tensor | None))),
     )
 
 
-def uniform(operand: Operand, tensors: list[Tensor], experts: int) -> Matrices:
+def _matrices(found: dict[str, Vectors], role: str, key: str) -> Matrices:
+    """The matrices of that role, with the scales that belong to their codes."""
+    if not key:
+        return found[role]
+    zero, whole = found.get(f"{role}_zero"), found.get(f"{role}_gscale")
+    return Quantised(parse_key(key), found[role], found[f"{role}_scale"], zero, whole)
+
+
+def uniform(operand: Operand, tensors: list[Tensor], experts: int) -> Vectors:
     """The tensors of one role as ``Experts`` holds them: views, matrices as [out, in]."""
-    if operand.role == "norm" or operand.role in ROUTER_ROLES:
+    if operand.shared or operand.role in ROUTER_ROLES:
         return tensors[0]
     if operand.role.endswith("_bias"):
         return list(tensors) if operand.form == "list" else tensors[0].view(experts, -1)
+    if operand.role.endswith("_gscale"):
+        return list(tensors) if operand.form == "list" else tensors[0]
     if operand.form == "list":
         return [t.t() for t in tensors] if operand.transposed else list(tensors)
     whole = tensors[0]

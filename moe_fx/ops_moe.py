@@ -16,6 +16,7 @@ The router's linear stays in the graph, because models return its logits.  The o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -81,7 +82,9 @@ def routed(
 
 def _moe(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str) -> Routed:
     ids, weights, mine, experts_binding = routed(x, logits, operands, spec, binding)
-    return torch.ops.moe_fx.experts(x, ids, weights, mine, spec, experts_binding, plan), ids, weights
+    _, bias, scale = _split(operands, _read(spec, binding)[-1])
+    call = ops.call_of(x, ids, weights, mine, spec, experts_binding, plan)
+    return ops.run(replace(call, logits=logits, router_bias=bias, expert_scale=scale)), ids, weights
 
 
 def _train(

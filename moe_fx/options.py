@@ -8,13 +8,15 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from moe_fx.quant import SCHEMES
 from moe_fx.reasons import MoEFxOptionError
 
 InnerBackend = Literal["inductor", "eager", "aot_eager", "cudagraphs", "tensorrt"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
+LEAST_WORKSPACE = 1 << 20  # less would cut a handful of tokens into pieces
+
 _NOT_BUILT = {
-    "quantize": "quantising at compile time",
     "parallel": "expert parallelism",
 }
 ENVIRONMENT = {
@@ -31,8 +33,10 @@ class Options:
     rest of the graph; ``inductor``: a dict of settings passed to it; ``mode``: as torch.compile's.  verify: "once" per
     distinct block, "always", or "off" (unsafe).  tune: measure the best candidates, as mode "max-autotune" does.
     memory: "view" the model's own storage, "copy" to a kernel's layout, "replace" the model's storage.  strict: raise
-    where a stage fails.  dump_dir: readable dumps of every stage.  router: "keep" it in the graph or "fuse" it.
-    policy: how the oracle ranks."""
+    where a stage fails.  dump_dir: readable dumps of every stage.  quantize: a scheme of ``quant.SCHEMES`` to which the
+    expert weights are rounded, which changes results.  router: "keep" it in the graph or "fuse" it.  policy: how the
+    oracle ranks.  workspace_bytes: most that the intermediate results of a block take; more tokens go through a part at
+    a time."""
 
     kernel: str | None = None
     layout: str | None = None
@@ -48,6 +52,7 @@ class Options:
     parallel: dict[str, Any] | None = None
     router: Literal["keep", "fuse"] = "keep"
     policy: Literal["price", "priority"] = "price"
+    workspace_bytes: int = 1 << 30
 
 
 def resolve(options: dict[str, Any] | None, mode: str | None = None) -> Options:
@@ -64,11 +69,25 @@ def resolve(options: dict[str, Any] | None, mode: str | None = None) -> Options:
             raise MoEFxOptionError(f"option {name!r} is not available in this version: {_NOT_BUILT[name]} is not built")
     if given.get("memory") == "replace":
         raise MoEFxOptionError('memory="replace" is not available in this version; use "copy"')
+    _check_quantize(given.get("quantize"), given.get("layout"))
+    if (room := given.get("workspace_bytes", LEAST_WORKSPACE)) < LEAST_WORKSPACE:
+        raise MoEFxOptionError(f"option 'workspace_bytes' must be at least {LEAST_WORKSPACE} (1 MiB), got {room}")
     if given.get("inductor") and given.get("inner_backend", "inductor") != "inductor":
         raise MoEFxOptionError(f"option 'inductor' has settings, but inner_backend is {given['inner_backend']!r}")
     if str(given.get("mode")).startswith("max-autotune"):
         given.setdefault("tune", True)
     return Options(**given)
+
+
+def _check_quantize(scheme: str | None, layout: str | None) -> None:
+    """Raises for an unknown scheme, and for a layout that contradicts it."""
+    if scheme is not None and scheme not in SCHEMES:
+        choices = ", ".join(map(repr, SCHEMES))
+        raise MoEFxOptionError(f"option 'quantize' is {scheme!r}{_suggest(scheme, list(SCHEMES))}; allowed: {choices}")
+    if scheme is not None and layout not in (None, "quantised"):
+        raise MoEFxOptionError(f"quantize={scheme!r} makes a layout of its own: drop layout={layout!r} or quantize")
+    if scheme is None and layout == "quantised":
+        raise MoEFxOptionError("layout='quantised' needs a scheme: give quantize= instead")
 
 
 def _from_environment() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from moe_fx.reasons import Reject
 
 VERSION = "plan/1"
+WORKSPACE_BYTES = 1 << 30  # enough for thousands of tokens of any model, little beside its weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class Plan:
     backward: "recompute" the activations, or "save" them in the forward.
     ranges: cover 1 <= T without gap or overlap.  inline: the kernel that stands in the graph in the place of the op
     where T is known when the graph is compiled, and in this range.  priced_at, measured_at: token counts of the
-    verdicts' prices and measurements.
+    verdicts' prices and measurements.  workspace_bytes: most that a call's workspaces take; more tokens than that go
+    through a part at a time.
     """
 
     layout: str
@@ -74,6 +76,7 @@ class Plan:
     verdicts: tuple[Verdict, ...] = ()
     inline: Range | None = None
     measured_at: tuple[int, ...] = ()
+    workspace_bytes: int = WORKSPACE_BYTES
 
     @property
     def spans(self) -> tuple[Range, ...]:
@@ -87,9 +90,9 @@ class Plan:
 
     def op_string(self) -> str:
         inline = "" if self.inline is None else f" inline={self.inline}"
-        return (
-            f"{VERSION} layout={self.layout} ranges={';'.join(map(str, self.ranges))} backward={self.backward}{inline}"
-        )
+        room = "" if self.workspace_bytes == WORKSPACE_BYTES else f" workspace={self.workspace_bytes}"
+        ranges = ";".join(map(str, self.ranges))
+        return f"{VERSION} layout={self.layout} ranges={ranges} backward={self.backward}{inline}{room}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -100,6 +103,7 @@ class Plan:
             "inline": None if self.inline is None else self.inline.to_json(),
             "priced_at": list(self.priced_at),
             "measured_at": list(self.measured_at),
+            "workspace_bytes": self.workspace_bytes,
             "verdicts": [v.to_json() for v in self.verdicts],
         }
 
@@ -128,6 +132,7 @@ class Plan:
             verdicts=verdicts,
             inline=inline,
             measured_at=tuple(data["measured_at"]),
+            workspace_bytes=data["workspace_bytes"],
         )
 
 
@@ -148,7 +153,8 @@ def parse_plan(text: str) -> Plan:
     values = dict(part.split("=", 1) for part in parts)
     ranges = tuple(map(_range, values["ranges"].split(";")))
     inline = _range(values["inline"]) if "inline" in values else None
-    return Plan(values["layout"], ranges, _backward(values["backward"]), inline=inline)
+    room = int(values.get("workspace", WORKSPACE_BYTES))
+    return Plan(values["layout"], ranges, _backward(values["backward"]), inline=inline, workspace_bytes=room)
 
 
 def _range(text: str) -> Range:

@@ -77,6 +77,12 @@ CODES: dict[str, str] = {
     "veto.training": "the kernel has no backward",
     "veto.package": "a package that the kernel needs is not installed or too old",
     "veto.request": "another kernel or layout was requested",
+    "veto.scheme": "the kernel does not run weights or activations quantised like this",
+    "veto.parallel": "the kernel does not work with experts or tokens spread over ranks like this",
+    "veto.routing": "the kernel contains a router, and the block's router is not one of its own or not in the block",
+    "veto.format": "tokens come as a list and the kernel takes one batch an expert, or the other way round",
+    "veto.invariance": "a token's result must not depend on the other tokens, and in the kernel it may",
+    "veto.lora": "the experts have LoRA adapters and the kernel takes none",
     "veto.spec": "the kernel does not know a value of the specification",
     # any stage
     "internal": "moe_fx failed; the block was left as it was",

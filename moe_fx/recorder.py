@@ -89,7 +89,7 @@ class ReportBuilder:
                 f"{' at ' + nearest.source if nearest.source else ''}. moe_fx.last_report() holds every reason"
             )
             self.warn(text)
-            warnings.warn(text, MoEFxWarning, stacklevel=4)
+            warnings.warn(text, MoEFxWarning, stacklevel=3)  # who calls the backend
 
     def snapshot(self) -> Report:
         """The report of the wrapper begun last, as it stands."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +27,28 @@ WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True)
+class Quantisation:
+    """What the option ``quantize`` did to the weights of one block.
+
+    scheme: its name.  before, after: bytes of the matrices in the model, and of their codes, scales and zero points,
+    which lie beside them.  error: of the block's output on random inputs, the root mean square of the difference over
+    that of the block without quantisation; None where it was not measured (weights without values).
+    """
+
+    scheme: str
+    before: int
+    after: int
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """One block in one graph.
 
     fqn: the module it belongs to.  binding: its WeightBinding as text.  plan: None unless fused.  rejects: every reason
     why it was left alone.  source: "file:line: code" of the user.  graph: number of ``recorder.ReportBuilder.graphs``.
     replaced: graph nodes that the fused op stands for.  note: anything a reader should know.
-    seconds: (stage, seconds) pairs.
+    seconds: (stage, seconds) pairs.  quantised: None unless the option ``quantize`` is set.
     """
 
     fqn: str
@@ -47,6 +62,7 @@ class Site:
     replaced: int = 0
     note: str = ""
     seconds: tuple[tuple[str, float], ...] = ()
+    quantised: Quantisation | None = None
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -66,6 +82,7 @@ class Site:
             "replaced": self.replaced,
             "note": self.note,
             "seconds": [list(pair) for pair in self.seconds],
+            "quantised": None if self.quantised is None else asdict(self.quantised),
         }
 
     @staticmethod
@@ -75,6 +92,7 @@ class Site:
             "plan": None if data["plan"] is None else Plan.from_json(data["plan"]),
             "rejects": tuple(Reject(**r) for r in data["rejects"]),
             "seconds": _pairs(data["seconds"]),
+            "quantised": None if data["quantised"] is None else Quantisation(**data["quantised"]),
         }
         return Site(**{**data, **converted})
 
@@ -141,7 +159,7 @@ class Report:
         if groups:
             yield _overview(groups)
         for number, group in enumerate(groups, 1):
-            yield from _fused_details(number, group[0]) if group[0].fused else _left_details(number, group)
+            yield from _fused_details(number, group) if group[0].fused else _left_details(number, group)
         for warning in self.warnings:
             yield _text(f"warning: {warning}", "yellow")
 
@@ -158,7 +176,8 @@ def _groups(sites: Iterable[Site]) -> list[list[Site]]:
     found: dict[Hashable, list[Site]] = {}
     for site in sites:
         reasons = tuple((r.code, _unnumbered(r.text)) for r in site.rejects)
-        key = (site.fused, str(site.spec), site.binding, site.plan, reasons, _unnumbered(site.note))
+        size = site.quantised and (site.quantised.scheme, site.quantised.before, site.quantised.after)
+        key = (site.fused, str(site.spec), site.binding, site.plan, reasons, _unnumbered(site.note), size)
         found.setdefault(key, []).append(site)
     return list(found.values())
 
@@ -209,6 +228,9 @@ def _text(text: str, style: str = "") -> RenderableType:
     return Text(text, style=style)
 
 
+FEW = 6  # candidates that cannot run here, whose reasons are still printed one by one
+
+
 def _table(*columns: str, title: str = "") -> Any:
     from rich import box
     from rich.table import Table
@@ -245,7 +267,8 @@ def _result(site: Site) -> str:
     return f"fused: {kernels}"
 
 
-def _fused_details(number: int, site: Site) -> Iterator[RenderableType]:
+def _fused_details(number: int, group: list[Site]) -> Iterator[RenderableType]:
+    site = group[0]
     yield _text(f"#{number}  {site.spec}", "bold")
     if site.binding:
         yield _text(f"    weights  {site.binding}")
@@ -258,6 +281,8 @@ def _fused_details(number: int, site: Site) -> Iterator[RenderableType]:
     yield _text(f"    plan     {kernels}; layout {plan.layout}; backward: {plan.backward} activations")
     if site.replaced:
         yield _text(f"    graph    {site.replaced} nodes → 1")
+    if site.quantised:
+        yield _text(f"    quantize {_quantised([s.quantised for s in group if s.quantised])}")
     if site.note:
         yield _text(f"    note     {site.note}")
     live = [v for v in plan.verdicts if v.status != "vetoed"]
@@ -270,14 +295,36 @@ def _fused_details(number: int, site: Site) -> Iterator[RenderableType]:
                 table.add_row(v.candidate, v.status, *map(_price, rows[v]))
             yield table
     vetoed: dict[str, list[str]] = {}
+    away = {v.candidate for v in plan.verdicts if {r.code for r in v.reasons} & {"veto.device", "veto.package"}}
+    elsewhere = sorted({c.partition("/")[0] for c in away}) if len(away) > FEW else []
     for verdict in plan.verdicts:
-        if verdict.status == "vetoed":
+        if verdict.status == "vetoed" and not (elsewhere and verdict.candidate in away):
             vetoed.setdefault("\n".join(f"{r.code}: {r.text}" for r in verdict.reasons), []).append(verdict.candidate)
+    if elsewhere:
+        yield _text(
+            f"    not for this device, or not installed (to_json has the reasons): {', '.join(elsewhere)}", "dim"
+        )
     if vetoed:
         table = _table("vetoed", "reasons")
         for reasons, candidates in vetoed.items():
             table.add_row("\n".join(candidates), _text(reasons))
         yield table
+
+
+def _quantised(found: list[Quantisation]) -> str:
+    """Of blocks that differ in their errors only."""
+    one = found[0]
+    errors = sorted(q.error for q in found if q.error is not None)
+    span = " to ".join(dict.fromkeys(f"{e:.1e}" for e in (*errors[:1], *errors[-1:])))
+    error = f"relative RMS error {span} on random inputs" if errors else "error not measured"
+    return f"{one.scheme}: {_size(one.before)} of weights → {_size(one.after)} beside them; {error}"
+
+
+def _size(count: int) -> str:
+    """3_200_000 → "3.05 MiB"."""
+    scale, unit = next((s, u) for s, u in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (0, "B")) if count >= s)
+    value = count / (scale or 1)
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def _price(us: float | None) -> str:

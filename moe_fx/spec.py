@@ -18,6 +18,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
+from moe_fx.quant import QuantSpec
+
 GRAMMAR = "moe/1"
 
 DTypeName = Literal["", "float16", "bfloat16", "float32", "float64"]
@@ -102,17 +104,20 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoESpec:
-    """A whole block: ``top_k`` experts a token, the experts, the combination and, where recognised, the router."""
+    """A whole block: ``top_k`` experts a token, the experts, the combination, how the operands of its products are held
+    and, where recognised, the router."""
 
     top_k: int
     expert: ExpertSpec
     combine: CombineSpec = field(default_factory=CombineSpec)
     router: RouterSpec | None = None
+    quant: QuantSpec = field(default_factory=QuantSpec)
 
     def __str__(self) -> str:
         parts = [GRAMMAR, f"top_k={self.top_k}"]
         parts += [f"expert.{p}" for p in _fields_to_text(self.expert)]
         parts += [f"combine.{p}" for p in _fields_to_text(self.combine)]
+        parts += [f"quant.{p}" for p in _fields_to_text(self.quant)]
         if self.router is not None:
             parts += ["router"] + [f"router.{p}" for p in _fields_to_text(self.router)]
         return " ".join(parts)
@@ -158,6 +163,7 @@ def parse(text: str) -> MoESpec:
     groups: dict[str, tuple[type, dict[str, Any]]] = {
         "expert": (ExpertSpec, {}),
         "combine": (CombineSpec, {}),
+        "quant": (QuantSpec, {}),
         "router": (RouterSpec, {}),
     }
     top_k, has_router = 0, False
@@ -174,4 +180,4 @@ def parse(text: str) -> MoESpec:
             raise ValueError(f"unknown part {part!r} in spec {text!r}")
     built = {name: cls(**values) for name, (cls, values) in groups.items() if name != "router"}
     router = RouterSpec(**groups["router"][1]) if has_router else None
-    return MoESpec(top_k, built["expert"], built["combine"], router)
+    return MoESpec(top_k, built["expert"], built["combine"], router, built["quant"])

@@ -1,7 +1,8 @@
 """The weight store: packed copies of expert weights, and whether they still are what the model holds.
 
 In: a layout's name, a binding and the model's own tensors.  Out: ``Experts`` to run on.  "view" is the default, copies
-nothing and is always right.  A copy is valid while, for every tensor,
+nothing and is always right.  What ``quantize`` makes of the weights is a copy like any other: layout "quantised", whose
+codes, scales and so on are several buffers an operand.  A copy is valid while, for every tensor,
 
 - address, dtype, device, stride and shape are the same: they are the copy's key;
 - the storage is alive: a finalizer on each storage drops the copy, so an address that is used again finds nothing, and
@@ -27,7 +28,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from moe_fx.binding import Experts, Operand, WeightBinding, bind
-from moe_fx.kernels.layouts import Layout, find_layout
+from moe_fx.kernels.layouts import Packing, find_layout
+from moe_fx.quant import UNQUANTISED, QuantSpec
 from moe_fx.reasons import MoEFxOptionError, MoEFxRuntimeError
 
 Key = tuple[Any, ...]
@@ -36,13 +38,14 @@ STALE: tuple[int, ...] = (-1,)  # equal to the versions of no list of tensors
 
 @dataclass(slots=True)
 class _Copy:
-    """buffers: one per operand, None where the model's tensors are read in place.  storages: addresses of the sources'.
+    """buffers: those of each operand, none where the model's tensors are read in place.  storages: addresses of the
+    sources'.
 
     versions, epoch: of the sources when the buffers were last written.
     """
 
     binding: WeightBinding
-    buffers: list[Tensor | None]
+    buffers: list[list[Tensor]]
     storages: frozenset[int]
     versions: tuple[int, ...]
     epoch: int
@@ -58,32 +61,40 @@ class WeightStore:
         self._epoch = 0
         self._hook: RemovableHandle | None = None
 
-    def get(self, layout: str, binding: WeightBinding, operands: list[Tensor], experts: int) -> Experts:
+    def get(
+        self,
+        layout: str,
+        binding: WeightBinding,
+        operands: list[Tensor],
+        experts: int,
+        quant: QuantSpec = UNQUANTISED,
+    ) -> Experts:
         """operands, in the order of ``binding`` → Experts in that layout, packed or refreshed if need be.
 
+        quant: how the matrices of the result are held: codes that ``operands`` hold, or that layout "quantised" makes.
         Raises MoEFxOptionError for an unknown layout, and MoEFxRuntimeError where a copy may not be made: of a weight
         that requires grad while grad mode is on, of an inference tensor (it has no version), during CUDA graph capture.
         """
         if layout == "view":
-            return bind(binding, operands, experts)
+            return bind(binding, operands, experts, quant)
         try:
-            chosen = find_layout(layout)
+            chosen = find_layout(layout, quant)
         except KeyError as error:
             raise MoEFxOptionError(error.args[0]) from None
         if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
             raise MoEFxRuntimeError(
-                f"layout {layout!r} is a copy, and these weights require grad: train with layout='view', or call the "
-                "model under torch.no_grad()"
+                f"layout {layout!r} is a copy, and these weights require grad: train with layout='view' (and without "
+                "quantize), or call the model under torch.no_grad()"
             )
-        groups = _by_operand(binding, operands, experts)
+        groups = by_operand(binding, operands, experts)
         with self._lock:
             copy = self._valid(chosen, binding, groups, experts)
         packed = [
             tensor
-            for buffer, (_, tensors) in zip(copy.buffers, groups, strict=True)
-            for tensor in (tensors if buffer is None else [buffer])
+            for buffers, (_, tensors) in zip(copy.buffers, groups, strict=True)
+            for tensor in (buffers or tensors)
         ]
-        return bind(copy.binding, packed, experts)
+        return bind(copy.binding, packed, experts, quant)
 
     def invalidate(self, module: nn.Module | None = None) -> int:
         """Copies of the module's parameters and buffers (None: all copies) are refreshed, in place, before their next
@@ -104,16 +115,16 @@ class WeightStore:
     def bytes(self) -> int:
         """Size of all copies."""
         with self._lock:
-            buffers = [b for c in self._copies.values() for b in c.buffers if b is not None]
+            buffers = [b for c in self._copies.values() for held in c.buffers for b in held]
         return sum(b.numel() * b.element_size() for b in buffers)
 
-    def _valid(self, layout: Layout, binding: WeightBinding, groups: list[_Group], experts: int) -> _Copy:
+    def _valid(self, layout: Packing, binding: WeightBinding, groups: list[_Group], experts: int) -> _Copy:
         copied = [t for operand, tensors in groups if layout.copies(operand) for t in tensors]
-        key = (layout.name, binding, experts, *((t.data_ptr(), t.dtype, t.device, t.stride(), t.shape) for t in copied))
+        key = (layout, binding, experts, *((t.data_ptr(), t.dtype, t.device, t.stride(), t.shape) for t in copied))
         versions, epoch = _versions(copied), self._epoch  # before packing: a write meanwhile is seen by the next call
         copy = self._copies.get(key)
         if copy is None:
-            buffers = _pack(layout, groups, experts, [None] * len(groups))
+            buffers = _pack(layout, groups, experts, [[] for _ in groups])
             storages = {_storage(t): t.untyped_storage() for t in copied}
             copy = _Copy(layout.binding(binding), buffers, frozenset(storages), versions, epoch)
             if copied:
@@ -162,7 +173,8 @@ def _drop_from(store: weakref.ref[WeightStore], key: Key) -> None:
         alive._drop(key)
 
 
-def _by_operand(binding: WeightBinding, operands: list[Tensor], experts: int) -> list[_Group]:
+def by_operand(binding: WeightBinding, operands: list[Tensor], experts: int) -> list[_Group]:
+    """Each operand of ``binding`` with its tensors; ValueError where their number is another."""
     groups, position = [], 0
     for operand in binding.operands:
         count = operand.count(experts)
@@ -186,18 +198,15 @@ def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(t._version for t in tensors)
 
 
-def _pack(layout: Layout, groups: list[_Group], experts: int, buffers: list[Tensor | None]) -> list[Tensor | None]:
-    """Writes the copies into ``buffers`` (None: new ones) and returns them; None for operands that stay in place."""
+def _pack(layout: Packing, groups: list[_Group], experts: int, buffers: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Writes the copies into ``buffers`` (empty: new ones) and returns them; none for operands that stay in place."""
     on_gpu = any(tensors[0].is_cuda for _, tensors in groups)
     if on_gpu and torch.cuda.is_current_stream_capturing():
         raise MoEFxRuntimeError("weights would be packed during CUDA graph capture: call the model once before capture")
     if on_gpu:  # readers and writers of a copy may be on any stream, and packing is rare
         torch.cuda.synchronize()
     with torch.inference_mode(False), torch.no_grad():
-        written = [
-            layout.pack(operand, tensors, experts, out) if layout.copies(operand) else None
-            for (operand, tensors), out in zip(groups, buffers, strict=True)
-        ]
+        written = layout.write_all(groups, experts, buffers)
     if on_gpu:
         torch.cuda.synchronize()
     return written

@@ -21,23 +21,36 @@ PACKAGE = ROOT / "moe_fx"
 ALLOWED: dict[str, set[str]] = {
     "reasons": set(),
     "hints": set(),
-    "spec": set(),
-    "binding": set(),
+    "quant": set(),
+    "spec": {"quant"},
+    "binding": {"quant"},
     "hardware": set(),
     "plan": {"reasons"},
-    "reference": {"spec", "binding"},
+    "reference": {"quant", "spec", "binding"},
     "report": {"hints", "plan", "reasons", "spec"},
     "recorder": {"reasons", "report"},
-    "options": {"reasons"},
+    "options": {"quant", "reasons"},
     "ops": {"binding", "reasons", "reference", "spec", "plan"},
     "ops_moe": {"ops", "binding", "reasons", "reference", "spec"},
-    "kernels": {"spec", "binding", "reference", "reasons", "hardware", "plan"},
-    "weights": {"kernels.layouts", "binding", "reasons"},
-    "oracle": {"kernels", "spec", "binding", "plan", "reasons", "hardware", "reference"},
-    "passes": {"spec", "binding", "reference", "reasons", "ops"},
-    "lowerings": {"kernels", "ops", "ops_moe", "plan", "weights", "spec", "binding", "reasons", "reference", "options"},
+    "kernels": {"quant", "spec", "binding", "reference", "reasons", "hardware", "plan"},
+    "weights": {"kernels.layouts", "binding", "quant", "reasons"},
+    "oracle": {"kernels", "quant", "spec", "binding", "plan", "reasons", "hardware", "reference"},
+    "passes": {"quant", "spec", "binding", "reference", "reasons", "ops"},
+    "lowerings": {
+        "kernels",
+        "ops",
+        "ops_moe",
+        "plan",
+        "weights",
+        "quant",
+        "spec",
+        "binding",
+        "reasons",
+        "reference",
+        "options",
+    },
 }
-WIRES = {"__init__", "__main__", "backend", "api", "dump"}  # these know every room
+WIRES = {"__init__", "__main__", "backend", "planning", "api", "dump"}  # these know every room
 
 # room → what may not be reached from it, over any number of imports
 NEVER: dict[str, set[str]] = {

@@ -44,7 +44,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "inductor-list": ({"inductor": []}, "'inductor' must be dict"),
     "inductor-none": ({"inductor": None}, "'inductor' must be dict"),
     "dump-path": ({"dump_dir": 3}, "'dump_dir' must be str or None"),
-    "quantize": ({"quantize": "fp8"}, "'quantize' is not available in this version"),
+    "quantize": ({"quantize": "fp8_w8a6"}, "'quantize' is 'fp8_w8a6'; did you mean 'fp8_w8a.*allowed: 'fp8_w8a8', "),
     "parallel": ({"parallel": {"ep": 2}}, "'parallel' is not available in this version"),
     "name-not-text": ({3: 1}, "unknown option 3"),
     "unhashable": ({"inner_backend": ["eager"]}, "inner_backend"),

@@ -15,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_fx
-from moe_fx.kernels.registry import KERNELS, Capability, Cost, Kernel
+from moe_fx.kernels.capability import Capability
+from moe_fx.kernels.config import FusedMoEConfig, FusedMoEParallelConfig
+from moe_fx.kernels.experts.torch_experts import TorchExperts
+from moe_fx.kernels.ladder import ladder
+from moe_fx.kernels.registry import KERNELS, Cost, Kernel
 from moe_fx.oracle.request import Request
 from moe_fx.oracle.vetoes import Case, vetoes
 from moe_fx.reasons import CODES, Reject
@@ -235,6 +239,7 @@ def test_a_kernel_that_can_do_nothing_gives_every_veto() -> None:
         devices=nothing, dtypes=nothing, activations=nothing, forms=nothing, biases=False, norms=nothing,
         weight_on=nothing, act_dtypes=nothing, compute_dtypes=nothing, accumulate=nothing, out_dtypes=nothing,
         backward="", compiled=True, packages=frozenset({"no_such_package"}), gated=nothing, size_multiple=1 << 20,
+        schemes=nothing, all2all=nothing, monolithic=True,
     )  # fmt: skip
     fresh()
     with torch.no_grad():
@@ -245,11 +250,16 @@ def test_a_kernel_that_can_do_nothing_gives_every_veto() -> None:
     from moe_fx.binding import parse_binding
     from moe_fx.hardware import detect
 
-    kernel = Kernel("nothing", lambda *_: None, capability, Cost("all", lambda *_: 1), 1)  # type: ignore[arg-type]
+    kernel = Kernel("nothing", TorchExperts, capability, Cost("all", lambda *_: 1), 1)
     request = Request("float32", training=True, kernel="another")
     binding = parse_binding(site.binding)
     case = Case(spec, binding, request, detect(torch.device("cpu")), kernel, "transposed")
-    assert {r.code for r in vetoes(case)} == VETOES
+    spread = FusedMoEParallelConfig.make(1, 2, use_ep=True, all2all_backend="deepep_low_latency")
+    config = FusedMoEConfig.of(
+        spec, torch.float32, moe_parallel_config=spread, is_lora_enabled=True, batch_invariant=True
+    )
+    question = replace(case.question, config=config, batched=True)
+    assert {r.code for r in (*vetoes(case), *ladder(question))} == VETOES
 
 
 def test_a_kernel_that_is_less_exact_gives_verify_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,10 +267,11 @@ def test_a_kernel_that_is_less_exact_gives_verify_rounding(monkeypatch: pytest.M
 
     for name, kernel in list(KERNELS.items()):
 
-        def coarse(*args: Any, forward: Any = kernel.forward) -> Tensor:
-            return forward(*args) * 1.001
+        class Coarse(kernel.experts):  # type: ignore[name-defined]
+            def compute(self, *args: Any) -> Tensor:
+                return super().compute(*args) * 1.001
 
-        monkeypatch.setitem(KERNELS, name, replace(kernel, forward=coarse))
+        monkeypatch.setitem(KERNELS, name, replace(kernel, experts=Coarse))
     dispatch._parsed.cache_clear()
     try:
         found = reasons(Block(), tokens(7))

@@ -1,7 +1,7 @@
 """RUN: the ops' implementation.
 
-Parses the attributes once, binds the operands, and takes the kernel of the plan's range for this number of tokens: a
-choice on a host integer, no recompile, no device sync.
+Parses the attributes once, binds the operands, and calls a FusedMoEKernel over the experts class of the plan's range
+for this number of tokens: a choice on a host integer, no recompile, no device sync.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, WeightBinding, bind, parse_binding
+from moe_fx.kernels.build import build, run
 from moe_fx.kernels.experts.backward import experts_backward
 from moe_fx.kernels.registry import Kernel, kernel
-from moe_fx.ops import Attributes, Call, contiguous_like
+from moe_fx.ops import Attributes, Call, contiguous_like, saved_like
 from moe_fx.plan import Plan, parse_plan
 from moe_fx.reasons import MoEFxError, MoEFxRuntimeError, out_of_memory
 from moe_fx.spec import MoESpec, parse
@@ -27,10 +27,14 @@ from moe_fx.weights import STORE
 @lru_cache(maxsize=4096)
 def _parsed(attrs: Attributes) -> tuple[MoESpec, WeightBinding, Plan, tuple[Kernel, ...]]:
     try:
-        plan = parse_plan(attrs[2])
-        return parse(attrs[0]), parse_binding(attrs[1]), plan, tuple(kernel(r.kernel) for r in plan.ranges)
+        spec, binding, plan = parse(attrs[0]), parse_binding(attrs[1]), parse_plan(attrs[2])
+        kernels = tuple(kernel(r.kernel) for r in plan.ranges)
     except (KeyError, ValueError) as error:  # a graph saved by another version, or written by hand
         raise MoEFxRuntimeError(f"the attributes of moe_fx::experts cannot be read: {error}") from error
+    for chosen in kernels:
+        if chosen.experts.layout_for(spec) not in ("", plan.layout):
+            raise MoEFxRuntimeError(f"{chosen.name!r} does not read layout {plan.layout!r}: compile the model anew")
+    return spec, binding, plan, kernels
 
 
 class Dispatch:
@@ -39,18 +43,22 @@ class Dispatch:
     def forward(self, call: Call) -> Tensor:
         spec, _, plan, _ = _parsed(call.attrs)
         chosen = _kernel(call)
+        experts = _experts(call, plan.layout)
         with _named(f"kernel {chosen.name!r}", call, spec):
-            return chosen.forward(call.x, call.ids, call.weights, _experts(call, plan.layout), spec)
+            if chosen.capability.monolithic:
+                return _whole(call, chosen, experts, spec)
+            return run(chosen, call.x, call.ids, call.weights, experts, spec, plan.workspace_bytes)
 
     def train(self, call: Call) -> tuple[Tensor, list[Tensor]]:
         spec, _, plan, _ = _parsed(call.attrs)
         if plan.backward == "recompute":
             return self.forward(call), []
         chosen = _kernel(call)
-        forward: Any = chosen.forward
         saved: list[Tensor] = []
         with _named(f"kernel {chosen.name!r}", call, spec):
-            return forward(call.x, call.ids, call.weights, _experts(call, plan.layout), spec, keep=saved), saved
+            experts = _experts(call, plan.layout)
+            y = run(chosen, call.x, call.ids, call.weights, experts, spec, plan.workspace_bytes, keep=saved)
+        return y, saved if call.x.shape[0] else saved_like(call)  # no tokens: no kernel ran
 
     def backward(
         self, call: Call, grad: Tensor, saved: list[Tensor], needs: list[bool]
@@ -69,6 +77,17 @@ class Dispatch:
         return dx, dweights, [g if need else o.new_empty(0) for g, o, need in wanted]
 
 
+def _whole(call: Call, chosen: Kernel, experts: Experts, spec: MoESpec) -> Tensor:
+    """Router and experts in one kernel, from the logits."""
+    if call.logits is None:
+        raise MoEFxRuntimeError(f"kernel {chosen.name!r} contains the router, and moe_fx::experts has no logits")
+    built = build(chosen, spec, experts, call.x.dtype, expert_scale=call.expert_scale)
+    activation = built.experts.moe_config.activation
+    return built.apply_monolithic(
+        call.x, experts.up, experts.down, call.logits, activation, e_score_correction_bias=call.router_bias
+    )
+
+
 def _kernel(call: Call) -> Kernel:
     """The kernel of the plan's range for this number of tokens."""
     _, _, plan, kernels = _parsed(call.attrs)
@@ -78,9 +97,7 @@ def _kernel(call: Call) -> Kernel:
 
 def _experts(call: Call, layout: str) -> Experts:
     spec, binding, _, _ = _parsed(call.attrs)
-    if layout == "view":
-        return bind(binding, call.operands, spec.expert.experts)
-    return STORE.get(layout, binding, call.operands, spec.expert.experts)
+    return STORE.get(layout, binding, call.operands, spec.expert.experts, spec.quant)
 
 
 @contextmanager

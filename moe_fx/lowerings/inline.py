@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moe_fx.binding import bind, parse_binding
+from moe_fx.kernels.build import trace
 from moe_fx.kernels.registry import Kernel, kernel
 from moe_fx.ops import call_of
 from moe_fx.ops_moe import routed
@@ -86,7 +87,7 @@ def run_inline(
     parsed, call = parse(spec), call_of(x, ids, weights, operands, spec, binding, plan)
     experts = bind(parse_binding(binding), call.operands, parsed.expert.experts)
     with torch._C._DisableAutocast():
-        return chosen.forward(call.x, call.ids, call.weights, experts, parsed)
+        return trace(chosen, call.x, call.ids, call.weights, experts, parsed)
 
 
 def _inlined(node: Node) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_fx.binding import Experts, WeightBinding, bind
+from moe_fx.binding import Experts, WeightBinding
+from moe_fx.kernels.build import run
 from moe_fx.kernels.registry import kernel
 from moe_fx.plan import Plan
 from moe_fx.spec import MoESpec
@@ -33,10 +34,8 @@ class Stopwatch:
         self.spec, self.dtype, self.device = spec, dtype, like[0].device
         generator = torch.Generator().manual_seed(0)
         operands = [_random_like(t, generator) for t in like]
-        self.experts: Experts = bind(binding, operands, spec.expert.experts)
-        if layout != "view":
-            self.store = WeightStore()
-            self.experts = self.store.get(layout, binding, operands, spec.expert.experts)
+        self.store = WeightStore()
+        self.experts: Experts = self.store.get(layout, binding, operands, spec.expert.experts, spec.quant)
 
     def __call__(self, name: str, tokens: int) -> float:
         generator = torch.Generator().manual_seed(tokens)
@@ -44,14 +43,14 @@ class Stopwatch:
         x = torch.randn(tokens, e.hidden, generator=generator).to(self.device, self.dtype)
         scores, ids = torch.rand(tokens, e.experts, generator=generator).topk(self.spec.top_k)
         ids, weights = ids.to(self.device), scores.to(self.device, self.dtype)
-        forward = kernel(name).forward
+        chosen = kernel(name)
         times: list[float] = []
         with torch.no_grad():
-            forward(x, ids, weights, self.experts, self.spec)
+            run(chosen, x, ids, weights, self.experts, self.spec)
             while len(times) < ROUNDS and sum(times) < SECONDS:
                 self._wait()
                 started = time.perf_counter()
-                forward(x, ids, weights, self.experts, self.spec)
+                run(chosen, x, ids, weights, self.experts, self.spec)
                 self._wait()
                 times.append(time.perf_counter() - started)
         return statistics.median(times)

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
 
 from moe_fx.binding import WeightBinding
 from moe_fx.hardware import Device
 from moe_fx.kernels.registry import Kernel
 from moe_fx.oracle.price import seconds, workload
-from moe_fx.oracle.request import Request, layouts
-from moe_fx.oracle.vetoes import Case, vetoes
+from moe_fx.oracle.priority import places
+from moe_fx.oracle.request import Request
+from moe_fx.oracle.vetoes import Case, candidate_layouts, vetoes
 from moe_fx.plan import Plan, Range, Verdict
 from moe_fx.reasons import MoEFxOptionError, MoEFxUnsupportedError, Reject
 from moe_fx.spec import MoESpec
@@ -27,7 +31,7 @@ PRICED_AT = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 INLINE_PRICE = 0.7  # of what else would run: prices rank to within about a third (measured: cpu_kernels.py)
 INLINE_MOST = 64  # tokens: a graph for one larger number of tokens is not worth a kernel of its own
 REFERENCE = "reference"  # the kernel of last resort
-Key = Callable[[int], tuple[float, int, str]]  # T → what candidates are sorted by: log price (or rank), rank, name
+Key = Callable[[int], tuple[float, int, str]]  # T → what candidates are sorted by: log price (or place), place, name
 
 
 def choose(
@@ -37,9 +41,10 @@ def choose(
 
     ``kernels`` must hold "reference".  Policy "price": the layout with the lowest geometric mean of its best prices
     over GRID (every octave of T counts the same; a view wins ties), then per range the cheapest kernel over that
-    layout, ties by rank.  Policy "priority": the lowest rank alone.  A compiled kernel takes no range: it is
-    ``Plan.inline`` where it is cheaper.  Training saves the up products where all chosen kernels can: less than what
-    the original saves, and a quarter of the forward's work less in the backward.
+    layout, ties by place.  Policy "priority": the lowest place alone.  The place is that in the table of the scheme
+    (``oracle.priority``), behind all of it the rank.  A compiled kernel takes no range: it is ``Plan.inline`` where it
+    is cheaper.  Training saves the up products where all chosen kernels can: less than what the original saves, and a
+    quarter of the forward's work less in the backward.
     Raises MoEFxOptionError for an unknown kernel, MoEFxUnsupportedError for a request that is vetoed.
     """
     if request.kernel is not None and request.kernel not in kernels:
@@ -47,38 +52,45 @@ def choose(
     if REFERENCE not in kernels:
         raise ValueError(f"the kernel {REFERENCE!r} must be among the candidates; given: {', '.join(sorted(kernels))}")
     ordered = sorted(kernels.values(), key=lambda k: (k.rank, k.name))
-    cases = [Case(spec, binding, request, device, kernel, layout) for kernel in ordered for layout in layouts()]
+    shared = candidate_layouts(spec, binding, request)
+    named = [(kernel, kernel.experts.layout_for(spec)) for kernel in ordered]
+    pairs = [(kernel, layout) for kernel, own in named for layout in ((own,) if own else shared)]
+    cases = [Case(spec, binding, request, device, kernel, layout) for kernel, layout in pairs]
+    layouts = list(dict.fromkeys((*shared, *(layout for _, layout in pairs))))
     reasons = {case.candidate: vetoes(case) for case in cases}
     survivors = [case for case in cases if not reasons[case.candidate]]
     if not survivors:
         raise MoEFxUnsupportedError(_refusal(request, device, spec, reasons))
 
     work = workload(spec, request, device)
-    price = {kernel.name: seconds(kernel.cost, work) for kernel in ordered}
+    price = {case.kernel.name: seconds(case.kernel.cost, work) for case in survivors}
     by_name = {case.kernel.name: case for case in survivors}
     runtime = [case for case in survivors if not case.kernel.capability.compiled]
     pool = [case for case in runtime if case.kernel.name != REFERENCE] or runtime or survivors
     if request.training:  # one kernel that saves nothing would cost every range what the others save
         pool = [case for case in pool if case.kernel.capability.backward == "save"] or pool
-    keys = {case.candidate: _key(case, price[case.kernel.name], request) for case in pool}
+    table = places(spec, getattr(torch, request.dtype), device)
+    placed = {kernel.name: table.get(kernel.name, len(table) + kernel.rank) for kernel in ordered}
+    keys = {case.candidate: _key(case, price[case.kernel.name], placed, request) for case in pool}
     layout = min(
         dict.fromkeys(case.layout for case in pool),
-        key=lambda name: (_score([keys[c.candidate] for c in pool if c.layout == name]), layouts().index(name)),
+        key=lambda name: (_score([keys[c.candidate] for c in pool if c.layout == name]), layouts.index(name)),
     )
     ranges = _ranges({case.kernel.name: keys[case.candidate] for case in pool if case.layout == layout})
-    inline = _inline(survivors, layout, ranges, lambda name: _key(by_name[name], price[name], request))
+    inline = _inline(survivors, layout, ranges, lambda name: _key(by_name[name], price[name], placed, request))
 
     chosen = {f"{r.kernel}/{layout}" for r in (*ranges, *([] if inline is None else [inline]))}
-    verdicts = tuple(_verdict(case, reasons[case.candidate], price[case.kernel.name], chosen) for case in cases)
+    verdicts = tuple(_verdict(case, reasons[case.candidate], price, chosen) for case in cases)
     saves = request.training and all(kernels[r.kernel].capability.backward == "save" for r in ranges)
-    return Plan(layout, ranges, "save" if saves else "recompute", PRICED_AT, verdicts, inline)
+    backward: Literal["save", "recompute"] = "save" if saves else "recompute"
+    return Plan(layout, ranges, backward, PRICED_AT, verdicts, inline, workspace_bytes=request.workspace_bytes)
 
 
-def _key(case: Case, price: Callable[[int], float], request: Request) -> Key:
-    rank, name = case.kernel.rank, case.kernel.name
+def _key(case: Case, price: Callable[[int], float], placed: Mapping[str, int], request: Request) -> Key:
+    name, place = case.kernel.name, placed[case.kernel.name]
     if request.policy == "priority":
-        return lambda tokens: (rank, rank, name)
-    return lambda tokens: (math.log(price(tokens)), rank, name)
+        return lambda tokens: (place, place, name)
+    return lambda tokens: (math.log(price(tokens)), place, name)
 
 
 def _score(keys: Sequence[Key]) -> float:
@@ -130,10 +142,12 @@ def _crossing(low: int, high: int, current: str, winner: Callable[[int], str]) -
     return high, winner(high)
 
 
-def _verdict(case: Case, reasons: tuple[Reject, ...], price: Callable[[int], float], chosen: set[str]) -> Verdict:
+def _verdict(
+    case: Case, reasons: tuple[Reject, ...], price: Mapping[str, Callable[[int], float]], chosen: set[str]
+) -> Verdict:
     if reasons:
         return Verdict(case.candidate, "vetoed", reasons)
-    microseconds = tuple(float(f"{price(t) * 1e6:.6g}") for t in PRICED_AT)
+    microseconds = tuple(float(f"{price[case.kernel.name](t) * 1e6:.6g}") for t in PRICED_AT)
     return Verdict(case.candidate, "chosen" if case.candidate in chosen else "survived", (), microseconds)
 
 

@@ -12,6 +12,10 @@ Sympy expressions in T and the sizes, compiled once per Cost::
     flops      = 2 rows (H N + I H)        N = 2I gated, I not
     time       = max(bytes / bandwidth, flops / (peak * efficiency(rows of one product))) + launches * launch_s
 
+Weights that are codes weigh what ``QuantKey.nbytes`` says: codes, scales, zero points.  A kernel that makes floats of
+them before a product pays for it with every expert it reads: ``Cost.dequantise``.  Products are priced at the peak of
+the dtype in which they run without quantisation, also where a kernel multiplies codes.
+
 A backward is not priced: all kernels share one, so it moves no order.  The layout is not priced either: Cost gives one
 efficiency for every storage, so a copy is only chosen where it admits a kernel that the model's own storage does not.
 """
@@ -33,10 +37,11 @@ from moe_fx.spec import MoESpec
 
 T, E, K, H, INTER, N = sympy.symbols("T E k H I N", positive=True)
 X_SIZE, W_SIZE, BIAS = sympy.symbols("x_size w_size bias", nonnegative=True)
+CODES, CODE_BYTES = sympy.symbols("codes code_bytes", nonnegative=True)
 BANDWIDTH, PEAK, LAUNCH = sympy.symbols("bandwidth peak launch_s", positive=True)
 
 TOUCHED = touched(E, T, K)
-EXPERT_BYTES = (H * N + INTER * H + BIAS) * W_SIZE
+EXPERT_BYTES = (H * N + INTER * H - CODES + BIAS) * W_SIZE + CODE_BYTES
 TRAFFIC: dict[str, tuple[sympy.Expr, sympy.Expr, sympy.Expr]] = {  # experts read, rows, rows of one product
     "active": (TOUCHED, T * K, T * K / TOUCHED),
     "all": (E, T * E, T),
@@ -47,7 +52,10 @@ TRAFFIC: dict[str, tuple[sympy.Expr, sympy.Expr, sympy.Expr]] = {  # experts rea
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The numbers behind the symbols, in the order of SYMBOLS: sizes, bytes, bytes/s, FLOP/s, seconds."""
+    """The numbers behind the symbols, in the order of SYMBOLS: sizes, bytes, bytes/s, FLOP/s, seconds.
+
+    codes, code_bytes: weights of one expert that are held as codes, and what they take.
+    """
 
     experts: int
     top_k: int
@@ -57,17 +65,20 @@ class Workload:
     x_size: int
     w_size: int
     bias: int
+    codes: int
+    code_bytes: int
     bandwidth: float
     peak: float
     launch_s: float
 
 
-SYMBOLS = (E, K, H, INTER, N, X_SIZE, W_SIZE, BIAS, BANDWIDTH, PEAK, LAUNCH)
+SYMBOLS = (E, K, H, INTER, N, X_SIZE, W_SIZE, BIAS, CODES, CODE_BYTES, BANDWIDTH, PEAK, LAUNCH)
 
 
 def workload(spec: MoESpec, request: Request, device: Device) -> Workload:
     e = spec.expert
     up_rows = e.intermediate * (2 if e.gated else 1)
+    codes, code_bytes = held_as_codes(spec)
     return Workload(
         experts=e.experts,
         top_k=spec.top_k,
@@ -77,10 +88,20 @@ def workload(spec: MoESpec, request: Request, device: Device) -> Workload:
         x_size=itemsize(request.dtype),
         w_size=itemsize(request.weights),
         bias=up_rows * e.w13_bias + e.hidden * e.w2_bias,
+        codes=codes,
+        code_bytes=code_bytes,
         bandwidth=device.bandwidth,
         peak=device.peak(e.compute_dtype or request.weights),
         launch_s=device.launch_s,
     )
+
+
+def held_as_codes(spec: MoESpec) -> tuple[int, int]:
+    """(weights of one expert that are codes, bytes of those with their scales)."""
+    e, up_rows = spec.expert, spec.expert.intermediate * (2 if spec.expert.gated else 1)
+    sizes = ((spec.quant.key("w13"), up_rows, e.hidden), (spec.quant.key("w2"), e.hidden, e.intermediate))
+    held = [(rows * cols, key.nbytes(rows, cols)) for key, rows, cols in sizes if key is not None]
+    return sum(n for n, _ in held), sum(size for _, size in held)
 
 
 def seconds(cost: Cost, work: Workload) -> Callable[[int], float]:
@@ -95,10 +116,12 @@ def expression(cost: Cost) -> sympy.Expr:
         raise ValueError(f"weight_traffic {cost.weight_traffic!r} is not one of {', '.join(TRAFFIC)}")
     experts, rows, rows_each = TRAFFIC[cost.weight_traffic]
     activations = X_SIZE * (2 * T * H + 2 * rows * (2 * H + N + INTER))  # x and y; gathered rows, N, I, expert outputs
-    memory = (experts * EXPERT_BYTES + activations) / BANDWIDTH
+    each, ops = cost.dequantise
+    memory = (experts * (EXPERT_BYTES + each * CODES) + activations) / BANDWIDTH
     flops = 2 * rows * (H * N + INTER * H)
     compute = flops / (PEAK * efficiency(cost.efficiency, rows_each))
-    return sympy.Max(memory, compute, evaluate=False) + sympy.sympify(cost.launches(E, T, K)) * LAUNCH
+    launches = cost.launches(E, T, K) + sympy.Piecewise((ops * experts, CODES > 0), (0, True))
+    return sympy.Max(memory, compute, evaluate=False) + sympy.sympify(launches) * LAUNCH
 
 
 def efficiency(table: tuple[tuple[int, float], ...], rows: sympy.Expr) -> sympy.Expr:

@@ -8,6 +8,9 @@ from typing import Literal, get_args
 import torch
 
 from moe_fx.kernels.layouts import LAYOUTS as PACKED
+from moe_fx.kernels.layouts.quantised import QUANTISED
+from moe_fx.kernels.layouts.registry import LIBRARY_LAYOUTS
+from moe_fx.plan import WORKSPACE_BYTES
 from moe_fx.reasons import MoEFxOptionError
 
 Memory = Literal["view", "copy", "replace"]
@@ -17,7 +20,7 @@ VIEW = "view"
 
 
 def layouts() -> tuple[str, ...]:
-    """Every layout, in the order that decides between equal prices: no copy without a gain."""
+    """Every layout of floats, in the order that decides between equal prices: no copy without a gain."""
     return (VIEW, *PACKED)
 
 
@@ -28,6 +31,7 @@ class Request:
     training: gradients of the weights are wanted.  kernel, layout: what the user insists on, None for no wish.
     memory: "view" reads the model's own storage; "copy" and "replace" allow a packed one.
     compiled: Inductor compiles the graph, so that a kernel may be written into it.
+    workspace_bytes: most that the workspaces of a call may take.
     policy: "price" sorts survivors by predicted time, "priority" by declared rank.
     Raises MoEFxOptionError for a value that is none of these.
     """
@@ -40,9 +44,14 @@ class Request:
     memory: Memory = "view"
     policy: Policy = "price"
     compiled: bool = False
+    workspace_bytes: int = WORKSPACE_BYTES
 
     def __post_init__(self) -> None:
-        known = (("memory", get_args(Memory)), ("policy", get_args(Policy)), ("layout", (None, *layouts())))
+        known = (
+            ("memory", get_args(Memory)),
+            ("policy", get_args(Policy)),
+            ("layout", (None, *layouts(), QUANTISED, *LIBRARY_LAYOUTS)),
+        )
         for name, allowed in known:
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(repr, allowed))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -42,12 +43,14 @@ class Bank:
         return (stack[0] if stack else len(self.params)), a, b
 
 
-def find_banks(flow: Dataflow, weights: set[Node]) -> list[Bank]:
-    """All banks of the graph, by first use.  ``weights``: placeholders that are parameters or buffers of the model."""
+def find_banks(flow: Dataflow, weights: set[Node], computed: Sequence[tuple[Node, ...]] = ()) -> list[Bank]:
+    """All banks of the graph, by first use.  ``weights``: placeholders that are parameters or buffers of the model;
+    ``computed``: groups of matrices that the graph makes of them."""
     stacked = [n for n in weights if (t := tensor(n)) is not None and t.ndim == 3 and t.is_floating_point()]
     groups: list[tuple[Node, ...]] = [(n,) for n in stacked]
-    groups += _numbered_alike([n for n in weights if (t := tensor(n)) is not None and t.ndim == 2])
-    banks = [bank for group in groups for bank in _banks(flow, group, weights)]
+    groups += numbered_alike([n for n in weights if (t := tensor(n)) is not None and t.ndim == 2])
+    groups += computed
+    banks = [bank for group in groups for bank in _banks(flow, group, weights | set(group))]
     return sorted(banks, key=lambda b: flow.position[b.uses[0]])
 
 
@@ -68,7 +71,7 @@ def _fits(up: Bank, down: Bank) -> bool:
     return e_up == e_down and any(a[i] == b[j] and a[1 - i] in (b[1 - j], 2 * b[1 - j]) for i in (0, 1) for j in (0, 1))
 
 
-def _numbered_alike(nodes: list[Node]) -> list[tuple[Node, ...]]:
+def numbered_alike(nodes: list[Node]) -> list[tuple[Node, ...]]:
     """Groups of two or more placeholders of one shape whose names differ in one whole number only; the last number in
     a name that makes a group is taken, so ``layers.0.experts.3`` groups over experts."""
     by_pattern: dict[tuple[str, object], list[tuple[int, Node]]] = defaultdict(list)

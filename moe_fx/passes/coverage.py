@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_fx.passes.dataflow import target_name, tensor, value
+from moe_fx.passes.id_range import SAME_IDS
 from moe_fx.passes.regions import Region, numel
 
 aten = torch.ops.aten
@@ -49,9 +50,6 @@ _DIVIDES = {"floor_divide", "__rshift", "bitwise_right_shift", "bitwise_and", "_
 _WRAPS = {"remainder", "fmod"}  # whole numbers: as they were below the divisor
 _TESTS = {"eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "any", "all"}
 _TESTS |= {"logical_and", "logical_or", "bitwise_and", "bitwise_or", "logical_not", "signbit"}
-_SAME_IDS = {"reshape", "view", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "unsqueeze", "squeeze"}
-_SAME_IDS |= {"type", "expand", "getitem", "__getitem__", "transpose", "t", "permute", "repeat_interleave", "sort"}
-_SAME_IDS |= {"index_select", "gather"}
 _COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
@@ -186,7 +184,7 @@ class Coverage:
     def _is_ids(self, node: object) -> bool:
         """Whether the values of ``node`` are ids and nothing else."""
         while isinstance(node, Node) and node is not self.region.ids:
-            if target_name(node) not in _SAME_IDS or not node.args:
+            if target_name(node) not in SAME_IDS or not node.args:
                 return False
             source = node.args[0]
             if isinstance(source, Node) and target_name(source) == "sort" and node.args[1:] and node.args[1]:

@@ -192,11 +192,14 @@ class Dataflow:
     def derived(self, weights: set[Node]) -> set[Node]:
         """Nodes computed from ``weights`` (and constants) alone, without a write."""
         found: set[Node] = set()
+        constants: set[Node] = set()  # tables and the like: made of numbers in the code
         for node in self.nodes:
             sources = [p for p in self.preds[node] if tensors(p)]
             pure = node.op != "output" and not self.writes[node]
-            if pure and sources and all(p in weights or p in found for p in sources):
-                found.add(node)
+            if pure and sources and all(p in weights or p in found or p in constants for p in sources):
+                (constants if all(p in constants for p in sources) else found).add(node)
+            elif pure and not self.preds[node] and node.op == "call_function" and not self.is_random(node):
+                constants.add(node)
         return found
 
     def users(self, node: Node) -> list[Node]:
@@ -247,6 +250,8 @@ def _written(node: Node) -> list[Node]:
                 written.append(node.args[i] if i < len(node.args) else node.kwargs.get(declared.name))
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
         written += node.all_input_nodes if "mutation" in name else []
+    elif node.target in (operator.and_, operator.or_):
+        pass  # the underscore keeps a keyword of Python apart
     elif (name.endswith("_") and not name.endswith("__") and node.args) or _asks_inplace(node):
         written.append(node.args[0] if node.args else node.kwargs.get("input"))
     leaves = torch.utils._pytree.tree_leaves(written)  # ``out=(a, b)``, ``_foreach_mul_([a, b], 2)``

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_fx.passes.additions import Start, start_of
 from moe_fx.passes.banks import Bank, find_banks, partners
+from moe_fx.passes.computed import Computed, find_computed
 from moe_fx.passes.dataflow import Dataflow, fake, target_name, tensor, tensors, value
 from moe_fx.passes.effects import effects
 from moe_fx.passes.regions import Region, numel, same
@@ -30,10 +31,12 @@ _MAX_ENDS = 24
 
 @dataclass(slots=True)
 class Found:
-    """Result of FIND: regions, and one (anchor node, reasons) for every place that looked like a block and is none."""
+    """Result of FIND: regions, one (anchor node, reasons) for every place that looked like a block and is none, and by
+    their nodes the weights that the graph computes."""
 
     regions: list[Region] = field(default_factory=list)
     rejects: list[tuple[Node, list[Reject]]] = field(default_factory=list)
+    computed: dict[tuple[Node, ...], Computed] = field(default_factory=dict)
 
 
 def find_regions(graph: Graph, weights: set[Node]) -> Found:
@@ -44,7 +47,12 @@ def find_regions(graph: Graph, weights: set[Node]) -> Found:
     free: list[Bank] = []
     misses: dict[Bank, list[Reject]] = {}
     tried: set[Bank] = set()
-    for down in find_banks(flow, weights):
+    found.computed = {group.nodes: group for group in find_computed(flow, weights, derived)}
+    # matrices made of floats are in many layers (weights viewed as groups): those that do not fit are no near misses
+    plain = {nodes for nodes, group in found.computed.items() if not group.of_codes}
+    for down in find_banks(flow, weights, list(found.computed)):
+        if not derived.isdisjoint(down.uses):
+            continue  # a product of weights alone makes weights
         for ups in partners(flow, free, down):
             result = _Finder(flow, ups, down, weights, derived).find()
             if isinstance(result, Region):
@@ -53,11 +61,16 @@ def find_regions(graph: Graph, weights: set[Node]) -> Found:
                 for bank in (down, *ups):
                     misses.pop(bank, None)
                 break
-            misses.setdefault(down, result)
+            if down.params not in plain:
+                misses.setdefault(down, result)
             tried.update(ups)
         else:
             free.append(down)
-            if down not in misses and (reject := _Finder(flow, [], down, weights, derived).no_partner()):
+            if (
+                down not in misses
+                and down.params not in plain
+                and (reject := _Finder(flow, [], down, weights, derived).no_partner())
+            ):
                 misses[down] = [reject]
     if not found.regions and not misses:
         found.rejects = _selections(flow)

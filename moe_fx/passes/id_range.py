@@ -21,8 +21,11 @@ _UNKNOWN: _Range = (-math.inf, math.inf, 0)
 _DEEPEST = 40
 # dtypes that do not hold every index: whole numbers up to here are kept
 LIMITS = {torch.int8: 127, torch.uint8: 255, torch.int16: 32767, torch.bfloat16: 256, torch.float16: 2048}
-_KEEPS_VALUES = {"reshape", "view", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "unsqueeze"}
-_KEEPS_VALUES |= {"squeeze", "type"}
+# results hold their input's values: in another shape; in another dtype too; in other places too
+RESHAPES = {"reshape", "view", "flatten", "unsqueeze", "squeeze", "contiguous", "clone", "detach"}
+_KEEPS_VALUES = RESHAPES | {"to", "long", "int", "type"}
+SAME_IDS = _KEEPS_VALUES | {"expand", "getitem", "__getitem__", "transpose", "t", "permute", "repeat_interleave"}
+SAME_IDS |= {"sort", "index_select", "gather"}
 
 
 def id_range(node: Node, buffers: dict[Node, Tensor], top_k: int) -> IdRange:

@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_fx.passes.dataflow import fake, is_integer, target_name, tensor
-from moe_fx.passes.id_range import LIMITS, IdRange
+from moe_fx.passes.id_range import LIMITS, SAME_IDS, IdRange
 from moe_fx.passes.regions import Region
 from moe_fx.reasons import Reject
 
-_KEEPS = {"reshape", "view", "flatten", "unflatten", "to", "long", "int", "type", "contiguous", "clone", "detach"}
-_KEEPS |= {"unsqueeze", "squeeze", "expand", "transpose", "t", "permute", "getitem", "__getitem__", "select", "gather"}
-_KEEPS |= {"index_select", "sort", "repeat_interleave", "unbind", "split", "chunk", "float", "half", "bfloat16", "byte"}
+_KEEPS = SAME_IDS | {"unflatten", "select", "unbind", "split", "chunk", "float", "half", "bfloat16", "byte"}
 _SUMS, _COUNTS = {"sum", "cumsum"}, {"bincount", "histc", "where", "nonzero", "argsort"}
 _DEEPEST = 40
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_fx.binding import split_gate_up
+from moe_fx.binding import Operand, split_gate_up
 from moe_fx.passes.banks import Bank
 from moe_fx.passes.dataflow import target_name, tensor
 from moe_fx.passes.match import Proposal
@@ -63,8 +63,7 @@ def planted(sampler: Sampler, proposal: Proposal) -> Iterator[Sample]:
     ]
     rows += [("x", part) for part in _parts(values, region.hidden)]
     rows += [("weights", part) for part in _parts(values, region.top_k)]
-    operands = [o.role for o in proposal.binding.operands for _ in range(o.count(sampler.experts))]
-    biases = [n for n, role in zip(proposal.operands, operands, strict=True) if role.endswith("_bias")]
+    biases = [node for operand, node in _operands(proposal, sampler.experts) if operand.role.endswith("_bias")]
     for group in _parts(rows, tokens):
         sample = sampler.draw(tokens, "random", torch.float64, 1.0)
         sample.label = f"planted values in {len(group)} tokens"
@@ -84,14 +83,18 @@ def planted(sampler: Sampler, proposal: Proposal) -> Iterator[Sample]:
 
 def at_zero(sampler: Sampler, proposal: Proposal) -> Iterator[Sample]:
     """A sample whose activations are at exactly 0 in the first row, where many bend: no bias there, x is 0."""
-    sample, at, experts = sampler.draw(max(sampler.token_counts()), "random", torch.float64), 0, sampler.experts
-    for operand in proposal.binding.operands:
-        nodes = proposal.operands[at : at + operand.count(experts)]
-        at += len(nodes)
-        for bias in (sample.operands[n] for n in nodes if operand.role in ("w1_bias", "w13_bias")):
+    sample = sampler.draw(max(sampler.token_counts()), "random", torch.float64)
+    for operand, node in _operands(proposal, sampler.experts):
+        if operand.role in ("w1_bias", "w13_bias"):
+            bias = sample.operands[node]
             (split_gate_up(bias, operand.order)[0] if operand.role == "w13_bias" else bias).zero_()
     sample.x[0] = 0
     yield sample
+
+
+def _operands(proposal: Proposal, experts: int) -> Iterator[tuple[Operand, Node]]:
+    """Every parameter of the block with what it is in the binding."""
+    return zip((o for o in proposal.binding.operands for _ in range(o.count(experts))), proposal.operands, strict=True)
 
 
 def _parts(values: list[Any], size: int) -> list[list[Any]]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 
-from moe_fx.passes.dataflow import Dataflow, fake, tensors
+from moe_fx.passes.dataflow import Dataflow, fake, target_name, tensors
 from moe_fx.passes.isolation import unseen
 from moe_fx.passes.match import Proposal
 from moe_fx.passes.regions import Region, same
@@ -39,12 +40,19 @@ def rewrite(graph: Graph, region: Region, proposal: Proposal, plan: str) -> Node
     for node in reversed(region.nodes):
         if node in kept:
             continue
-        for user in list(node.users):
-            if not tensors(user) and not user.users and user.op != "output":
-                graph.erase_node(user)  # assertions about the block's inner sizes
+        _erase_numbers(graph, node)
         if not node.users:  # what computes ``scores``, or is shared with readers outside, stays
             graph.erase_node(node)
     return y
+
+
+def _erase_numbers(graph: Graph, node: Node) -> None:
+    """Erases what is asserted of a node's sizes, and what was computed from them for that alone."""
+    for user in list(node.users):
+        if user.op == "call_function" and (not tensors(user) or target_name(user) == "getitem"):
+            _erase_numbers(graph, user)
+            if not user.users:
+                graph.erase_node(user)
 
 
 def _insert(graph: Graph, region: Region, proposal: Proposal, plan: str) -> tuple[Node, Node]:
@@ -123,13 +131,19 @@ def insert_call(
     """A node with its fake value, as Dynamo would have made it."""
     node = graph.create_node(op, target, args, kwargs or {})
     fakes = torch.fx.node.map_arg((args, kwargs or {}), lambda n: n.meta.get("example_value", n.meta.get("val")))
-    fake_mode = next(t.fake_mode for t in _tensors(fakes))  # type: ignore[attr-defined]
-    with fake_mode, unseen():
+    with _fake_mode(_tensors(fakes)[0]), unseen():
         if op == "call_method":
             node.meta["example_value"] = getattr(fakes[0][0], target)(*fakes[0][1:], **fakes[1])
         else:
             node.meta["example_value"] = target(*fakes[0], **fakes[1])
     return node
+
+
+def _fake_mode(t: Any) -> FakeTensorMode:
+    """Of a FakeTensor, or of those inside a tensor subclass."""
+    while not isinstance(t, FakeTensor):
+        t = getattr(t, t.__tensor_flatten__()[0][0])
+    return t.fake_mode
 
 
 def _tensors(tree: Any) -> list[Tensor]:

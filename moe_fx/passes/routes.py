@@ -15,10 +15,11 @@ from torch.fx import Node
 
 from moe_fx.passes.banks import GATHERS, PRODUCTS
 from moe_fx.passes.dataflow import Dataflow, fake, is_integer, target_name, tensor, tensors
+from moe_fx.passes.id_range import RESHAPES
 from moe_fx.passes.regions import Region, numel, same
 
-RESHAPES = {"reshape", "view", "flatten", "unsqueeze", "squeeze", "contiguous", "clone", "detach", "_unsafe_view"}
 SPREADS = RESHAPES | {"expand", "repeat", "repeat_interleave", "expand_as", "transpose", "permute", "t", "unflatten"}
+SPREADS |= {"_unsafe_view"}
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 FILLS = {"zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "empty_like", "full_like", "tensor"}
 FILLS |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "scalar_tensor"}
@@ -27,21 +28,11 @@ _SELECTIONS = {"topk", "max", "min", "argmax", "argmin", "sort", "argsort"}
 _ENDS_OF_SCORES = PRODUCTS | _SELECTIONS | {"embedding", "layer_norm", "rms_norm"}
 _CHOSEN = PRODUCTS | GATHERS | _SELECTIONS | {"take_along_dim"}
 _COMPARES = {"gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "isclose"}
-_NUMERIC = {
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "truediv",
-    "where",
-    "masked_fill",
-    "full",
-    "full_like",
-    "new_full",
-    "fill",
-}
-_NUMERIC |= {"iadd", "isub", "imul", "itruediv", "setitem", "clamp", "scatter", "maximum", "minimum"} | _COMPARES
+_NUMERIC = {"add", "sub", "rsub", "mul", "div", "truediv", "where", "masked_fill", "full", "full_like", "new_full"}
+_NUMERIC |= {"fill", "iadd", "isub", "imul", "itruediv", "setitem", "clamp", "scatter", "maximum", "minimum"}
+_NUMERIC |= _COMPARES
+_FADES = {"exp", "exp2", "expm1", "softmax", "log_softmax", "softmin", "sigmoid", "expit", "tanh", "erf", "softplus"}
+_FADES |= {"pow"}
 _LOUD = 16.0  # exp(-16) shows at the precision of VERIFY
 _DENSE_ENDS = 8
 
@@ -239,8 +230,9 @@ class Routes:
         return matrix
 
     def faint(self, region: Region) -> Node | None:
-        """Where the routing weights meet a number that samples of order 1 pass by: -1e4 before a softmax, which leaves
-        the others out only while logits are small; a limit other than 0 that tells who has a share."""
+        """Where the routing weights, or places and counts, meet a number that samples pass by: -1e4 before a softmax,
+        which leaves the others out only while logits are small; 5000 before a sigmoid, which shows in long inputs only;
+        a limit other than 0 that tells who has a share."""
         flow = self.flow
         hot: set[Node] = {region.x}
         carrying = {n for n in (region.weights, region.dense) if n is not None}
@@ -251,7 +243,7 @@ class Routes:
                     kind.add(node)
             if node not in hot and tensors(node):
                 cold.append(node)
-        exponential = any("softmax" in target_name(n) or target_name(n).startswith("exp") for n in cold)
+        fades = any(target_name(n).strip("_").removeprefix("special_") in _FADES for n in cold)
         for node in cold:
             name, t = target_name(node).strip("_"), tensor(node)
             leaves = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
@@ -259,7 +251,7 @@ class Routes:
             compared = {p for p in node.all_input_nodes if p not in flow.integers} if name in _COMPARES else set()
             compares = region.scores is not None and not compared.isdisjoint(carrying)
             lowest = torch.finfo(t.dtype).max if t is not None and t.is_floating_point() else math.inf
-            if any((exponential and _LOUD < a < lowest) or (compares and a) for a in numbers):
+            if any((fades and _LOUD < a < lowest) or (compares and a) for a in numbers):
                 return node
         return None
 

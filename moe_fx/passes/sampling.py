@@ -252,25 +252,26 @@ class Sampler:
             ids = torch.where(mask, int(pattern.split()[1]), ids)
         return ids
 
-    def _assignment(self, tokens: int) -> tuple[int, dict[Any, int]]:
+    def _assignment(self, tokens: int) -> tuple[int, dict[Any, float]]:
         """(tokens or a count near it that the shapes allow, values of the symbols that give it): of several symbols
         that the number of tokens depends on, all are 2 or 3 but one; for one token, and where that does not fit, 1."""
         size = numel(self.region.x)
         free = [s for s in self.symbols if s in free_symbols(size)]
+        others = free_numbers([s for s in self.symbols if s not in free], self.generator)
         if not free:
-            return tokens, dict.fromkeys(self.symbols, tokens)
+            return tokens, others
         if len(free) > 1 and tokens > 1:
             for symbol in reversed(free):
                 self._short = 5 - self._short  # 2 and 3 in turn: a roll by 2 of 2 is no roll
                 long = max(self._short + 2, tokens // self._short ** (len(free) - 1))
-                assignment = {s: long if s is symbol or s not in free else self._short for s in self.symbols}
+                assignment = {**others, **{s: long if s is symbol else self._short for s in free}}
                 elements = int(evaluate(size, assignment))
                 if elements > 0 and elements % self.region.hidden == 0 and elements // self.region.hidden <= 2 * tokens:
                     return elements // self.region.hidden, assignment
-        found: list[tuple[int, dict[Any, int]]] = []
+        found: list[tuple[int, dict[Any, float]]] = []
         for symbol in reversed(free):
             for size_of in range(1, tokens + 17):
-                assignment = {s: size_of if s is symbol or s not in free else 1 for s in self.symbols}
+                assignment = {**others, **{s: size_of if s is symbol else 1 for s in free}}
                 count, rest = divmod(int(evaluate(size, assignment)), self.region.hidden)
                 if count >= tokens and not rest:
                     found.append((count, assignment))
@@ -323,7 +324,14 @@ def sizes_of(node: Node) -> list[object]:
     return list(found) if isinstance(found, (tuple, list)) else [found]
 
 
-def evaluate(size: Any, assignment: dict[Any, int]) -> Any:
+def free_numbers(symbols: Iterable[Any], generator: torch.Generator) -> dict[Any, float]:
+    """Values of symbols on which the number of tokens does not depend (an argument, another tensor's length): random,
+    so that they cancel neither that number nor each other."""
+    draws = {s: (torch.randint(2, 100, (), generator=generator), torch.randn((), generator=generator)) for s in symbols}
+    return {s: int(whole) if s.is_integer else float(real) for s, (whole, real) in draws.items()}
+
+
+def evaluate(size: Any, assignment: dict[Any, float]) -> Any:
     """A number, or numbers, with every symbol replaced by its value in ``assignment``."""
     if isinstance(size, (tuple, list)):
         return type(size)(evaluate(s, assignment) for s in size)

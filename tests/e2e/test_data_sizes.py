@@ -1,10 +1,13 @@
 """Loops over experts with ``torch.where`` under torch.compile's defaults, and code that is no MoE, which keeps Dynamo's
-own graphs and breaks."""
+own graphs and breaks; and a torch that lacks what this builds on."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,12 +17,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import moe_fx
-from moe_fx.passes.capture import data_sizes
+from moe_fx.__main__ import HOOKS
+from moe_fx.backend import moe_fx as backend
+from moe_fx.options import disabled
+from moe_fx.passes.capture import data_sizes, hooks
 
 from .helpers import BACKEND, Stack, all_fused, assert_close, compiled, fresh, tokens
 
 E, K, H, I = 5, 2, 16, 12  # noqa: E741  the names of the field
-Share = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Loop(nn.Module):
@@ -125,23 +130,23 @@ def test_what_follows_a_break_is_a_frame_of_its_own() -> None:
     assert counters["graph_break"]
 
 
-def graphs_of(model: nn.Module, backend: Any, *lengths: int) -> tuple[list[list[str]], dict[str, int]]:
-    """Ops of every graph that Dynamo makes, and its breaks."""
+def graphs_of(model: nn.Module, ours: Any = None) -> tuple[list[list[str]], dict[str, int]]:
+    """Ops of every graph that Dynamo makes for ``ours``, or for a backend that it does not know, and its breaks."""
     fresh()
     counters.clear()
     graphs: list[list[str]] = []
 
     def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        result = backend(gm, inputs) if backend else gm.forward
+        result = ours(gm, inputs, options={"inner_backend": "eager"}) if ours else gm.forward
         graphs.append([str(n.target) for n in gm.graph.nodes])
         return result
 
-    if backend:
-        record._torchdynamo_orig_backend = backend  # type: ignore[attr-defined]
+    if ours:  # marked as Dynamo's wrappers mark what they wrap
+        record._torchdynamo_orig_backend = ours  # type: ignore[attr-defined]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model_c = torch.compile(model, backend=record)
-        for length in lengths:
+        for length in (12, 30):
             model_c(tokens(length))
     return graphs, dict(counters["graph_break"])
 
@@ -158,19 +163,9 @@ def graphs_of(model: nn.Module, backend: Any, *lengths: int) -> tuple[list[list[
     ids=["selects", "unknown activation", "capacity", "any", "size"],
 )
 def test_where_nothing_is_fused_dynamo_does_as_ever(model: Callable[[], nn.Module]) -> None:
-    from functools import partial
-
-    from moe_fx.backend import moe_fx as backend
-
-    ours = graphs_of(model(), partial_of(partial(backend, options={"inner_backend": "eager"}), backend), 12, 30)
+    ours = graphs_of(model(), backend)
     assert moe_fx.last_report().num_fused == 0
-    assert ours == graphs_of(model(), None, 12, 30)
-
-
-def partial_of(function: Any, backend: Any) -> Any:
-    """``function`` as Dynamo's wrappers mark what they wrap."""
-    function._torchdynamo_orig_backend = backend
-    return function
+    assert ours == graphs_of(model())
 
 
 def test_the_reasons_of_the_first_trace_are_kept() -> None:
@@ -251,3 +246,106 @@ def test_inductor() -> None:
         for length in (12, 30, 1):
             assert_close(fused(tokens(length)), model(tokens(length)), 1e-5)
     all_fused(1)
+
+
+# --- a torch that lacks a private name
+
+
+class Lesser(ModuleType):
+    """A module without one name for moe_fx; torch, which needs it too, still finds it."""
+
+    def __init__(self, real: ModuleType, name: str):
+        super().__init__(real.__name__)
+        vars(self).update({k: v for k, v in vars(real).items() if k != name})
+        self.real = real
+
+    def __getattr__(self, name: str) -> Any:
+        if sys._getframe(1).f_globals["__name__"].startswith("moe_fx"):
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Takes a private name, and what hangs on it, from the module that moe_fx imports it from."""
+
+    def again() -> None:
+        data_sizes.missing.cache_clear()
+        hooks.uninstall()
+        hooks.install(backend, lambda: not disabled())
+
+    def take(module: str, path: str) -> None:
+        monkeypatch.setitem(sys.modules, module, Lesser(importlib.import_module(module), path.partition(".")[0]))
+        again()
+
+    yield take
+    monkeypatch.undo()
+    again()
+
+
+@pytest.mark.parametrize("module, path", data_sizes.NEEDS)
+def test_without_a_private_name_dynamo_does_as_ever(
+    without: Callable[[str, str], None], module: str, path: str
+) -> None:
+    expected = graphs_of(Unrolled().eval())
+    without(module, path)
+    assert graphs_of(Unrolled().eval(), backend) == expected
+    fresh()
+    run(Loop(), 12)
+    (reject,) = {r for site in moe_fx.last_report().sites for r in site.rejects}
+    assert reject.code == "capture.unavailable"
+    assert f"{module}.{path} is missing" in reject.text
+
+
+def test_settings_that_are_not_heeded_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_sizes, "ShapeEnv", lambda **_: ModuleType("environment"))
+    assert data_sizes.missing.__wrapped__().startswith("ShapeEnv.settings: ")
+
+
+LOOPS = "torch._dynamo.symbolic_convert"
+
+
+def test_without_the_hook_of_traces_loops_of_transformers_are_fused(without: Callable[[str, str], None]) -> None:
+    from tests.zoo.samples import build
+
+    without(LOOPS, "InstructionTranslator.run")
+    assert hooks.available() == f"{LOOPS}.InstructionTranslator.run is missing (for loops with torch.where)"
+    run(Loop(), 12)
+    assert moe_fx.last_report().num_fused == 0
+    fresh()
+    sample = build("mixtral", "eager", config={"num_hidden_layers": 1})
+    with torch.no_grad():
+        compiled(sample.model)(**sample.inputs)
+    all_fused(1)
+
+
+def test_without_the_hook_of_inlining_loops_with_where_are_fused(without: Callable[[str, str], None]) -> None:
+    path = "InliningInstructionTranslator.inline_call"
+    without(LOOPS, path)
+    assert hooks.available() == f"{LOOPS}.{path} is missing (for loops of transformers' experts)"
+    run(Loop(), 12)
+    all_fused(1)
+
+
+def test_a_tracer_with_a_method_of_its_own_is_surrounded_and_restored(
+    without: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    hooks.uninstall()
+    inherited = InstructionTranslator.run
+
+    def own(self: Any) -> None:
+        inherited(self)
+
+    monkeypatch.setattr(InstructionTranslator, "run", own, raising=False)
+    assert hooks.install(backend, lambda: not disabled()) == ""
+    run(Loop(), 12)
+    all_fused(1)
+    hooks.uninstall()
+    assert vars(InstructionTranslator)["run"] is own
+
+
+def test_doctor_looks_for_every_name() -> None:
+    needed = {*data_sizes.NEEDS, *hooks.INLINING, *hooks.TRACING}
+    assert needed <= {(module, path) for module, path, _ in HOOKS}

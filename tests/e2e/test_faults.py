@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 import moe_fx
-from moe_fx import MoEFxInternalError, MoEFxRuntimeError, MoEFxUnsupportedError, MoEFxWarning, ops
+from moe_fx import MoEFxInternalError, MoEFxRuntimeError, MoEFxUnsupportedError, MoEFxWarning, ops, planning
 from moe_fx.kernels.registry import KERNELS
 from moe_fx.passes import rewrite as rewriting
 from moe_fx.reasons import Reject
@@ -53,8 +53,9 @@ STAGES = [
     Fault("match", backend, "fingerprint"),
     Fault("match", backend, "Sampler"),
     Fault("match", backend, "propose"),
-    Fault("plan", backend, "_device"),
-    Fault("plan", backend, "choose"),
+    Fault("match", backend, "is_wrapped"),
+    Fault("plan", planning, "_device"),
+    Fault("plan", planning, "choose"),
     Fault("verify", backend, "verify"),
     Fault("rewrite", backend, "rewrite"),
     *(Fault("rewrite", rewriting, "insert_call", nth) for nth in (1, 2, 3)),
@@ -210,11 +211,13 @@ def test_one_failure_is_one_warning_a_block() -> None:
 def break_kernels(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     from moe_fx.lowerings import dispatch
 
-    def fail(*_: object) -> torch.Tensor:
-        raise error
-
     for name, kernel in list(KERNELS.items()):
-        monkeypatch.setitem(KERNELS, name, replace(kernel, forward=fail))
+
+        class Broken(kernel.experts):  # type: ignore[name-defined]
+            def compute(self, *_: object) -> torch.Tensor:
+                raise error
+
+        monkeypatch.setitem(KERNELS, name, replace(kernel, experts=Broken))
     dispatch._parsed.cache_clear()
 
 

@@ -17,7 +17,7 @@ from moe_fx.backend import moe_fx as backend
 from moe_fx.report import Report
 
 EXPERTS, TOP_K, HIDDEN, INNER = 6, 2, 32, 24
-Arguments = tuple[Tensor, ...]
+Arguments = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,10 @@ def compiled(
     return torch.compile(module, backend=backend, fullgraph=True, dynamic=dynamic, options=settings)
 
 
-def run(function: Any, module: nn.Module, args: Sequence[Tensor], backward: bool, autocast: bool = False) -> Result:
-    """Calls ``function`` (``module`` or its compiled form) on copies of ``args``."""
+def run(function: Any, module: nn.Module, args: Sequence[Any], backward: bool, autocast: bool = False) -> Result:
+    """Calls ``function`` (``module`` or its compiled form) on copies of ``args``, numbers as they are."""
     module.zero_grad(set_to_none=True)
-    copies = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a.detach()) for a in args]
-    inputs = [a.requires_grad_(backward and a.is_floating_point()) for a in copies]
+    inputs = [_leaf(a, backward) if isinstance(a, Tensor) else a for a in args]
     context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     with torch.set_grad_enabled(backward), warnings.catch_warnings(), context:
         warnings.simplefilter("ignore", moe_fx.MoEFxWarning)
@@ -55,9 +54,15 @@ def run(function: Any, module: nn.Module, args: Sequence[Tensor], backward: bool
         torch.autograd.backward(
             [t for t in outputs if t.requires_grad], [s for t, s in zip(outputs, seeds, strict=True) if t.requires_grad]
         )
-        named = [*((f"input {i}", t) for i, t in enumerate(inputs)), *module.named_parameters()]
+        leaves = ((f"input {i}", t) for i, t in enumerate(inputs) if isinstance(t, Tensor))
+        named = [*leaves, *module.named_parameters()]
         grads = {n: torch.zeros_like(t) if t.grad is None else t.grad.clone() for n, t in named if t.requires_grad}
     return Result([t.detach() for t in outputs], grads)
+
+
+def _leaf(a: Tensor, backward: bool) -> Tensor:
+    copy_of = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a.detach())
+    return copy_of.requires_grad_(backward and a.is_floating_point())
 
 
 def fused_within_rule(

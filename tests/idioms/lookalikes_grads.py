@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .harness import HIDDEN
 from .lookalikes import _register, lookalike, scaled
 from .parts import ExpertList, Mlp
+from .programs_routing import add_experts
 
 
 class _Onto(ExpertList):
@@ -22,11 +23,7 @@ class _Onto(ExpertList):
         self.linear = nn.Linear(HIDDEN, HIDDEN)
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
-        weights, ids = self.router(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
-        return out
+        return add_experts(self.experts, x, *self.router(x), out)
 
 
 @lookalike(train=True)

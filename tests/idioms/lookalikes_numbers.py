@@ -1,16 +1,17 @@
 """Near misses whose difference lies in numbers that random samples do not meet: narrow bands, far thresholds, quotients
-of places and lengths, casts that wrap round or overflow, rows with NaN."""
+of places and lengths, numbers that are arguments, casts that wrap round or overflow, rows with NaN."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .harness import EXPERTS, TOP_K
-from .lookalikes import act, lengths, lookalike, scaled
+from .harness import TOP_K, hidden_states
+from .lookalikes import _register, act, lengths, lookalike, rows, scaled
 from .parts import ExpertList, Router, Stacked
 
 
@@ -30,6 +31,7 @@ act(
     inputs=scaled(1, 1e13),
 )
 act("ThroughHalf", lambda h: F.relu(h).half().to(h.dtype), inputs=scaled(1e6))
+rows("WeightsThroughHalf", lambda f, e, x, w: f(x) * ((w * 1e-7).half().to(x.dtype) * 1e7))
 act("ReluByWhere", lambda h: torch.where(h > 0, h, 0.0))
 act("ReluByMaximumOfNumbers", lambda h: torch.fmax(h, torch.zeros_like(h)))
 
@@ -60,6 +62,8 @@ _places("PlacesDivided", lambda place: 1 - (place // 2000).clamp(max=1))
 _places("PlacesShifted", lambda place: 1 - (place >> 11))
 _places("PlacesMasked", lambda place: 1 - (place & 2048) / 2048)
 _places("PlacesModulo", lambda place: place % 2000 - place + 1)
+_places("PlacesFading", lambda place: 1 + torch.sigmoid(place.float() - 2000))
+_places("PlacesToAPower", lambda place: 1 + (place / 3000.0) ** 20)
 _places("PlacesInBytes", lambda place: 1 + place - place.to(torch.uint8))
 
 
@@ -101,6 +105,37 @@ class QuotientOfLength(ExpertList):
         return out
 
 
+class _Numbers(ExpertList):
+    """``change(rows, tokens, …)`` of an expert's results, the number of tokens and further arguments, which are not the
+    same for every call."""
+
+    def __init__(self, change: Callable[..., Tensor]):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor, *numbers: float) -> Tensor:
+        weights, ids = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            rows = self.change(expert(x[token]), x.shape[0], *numbers)
+            out.index_add_(0, token, rows * weights[token, slot, None])
+        return out
+
+
+def _numbers(name: str, change: Callable[..., Tensor], *calls: tuple[float, ...], dynamic: bool | None = True) -> None:
+    arguments = [(hidden_states(12), *numbers) for numbers in calls]
+    _register(partial(_Numbers, change), name, inputs=lambda: arguments, dynamic=dynamic)
+
+
+_numbers("NumberOverLength", lambda rows, tokens, a: rows * a / tokens, (3,), (5,))
+_numbers("NumberOverFixedLength", lambda rows, tokens, a: rows * a / tokens, (3,), (5,), (7,), dynamic=None)
+_numbers("NumberOverNumber", lambda rows, tokens, a, b: rows * a / b, (3, 4), (5, 6))
+_numbers("RealOverReal", lambda rows, tokens, a, b: rows * a / b, (3.0, 4.0), (5.0, 6.0))
+_numbers("LengthWithoutNumber", lambda rows, tokens, a: rows * (1 + tokens - a), (3,), (5,))
+_numbers("RealWithoutReal", lambda rows, tokens, a, b: rows * (1 + a - b), (3.0, 4.0), (5.5, 6.0))
+
+
 class _Cast(Stacked):
     """Ids in a dtype that does not hold them all."""
 
@@ -124,15 +159,3 @@ class IdsInBytes(_Cast):
 @lookalike()
 class IdsInHalf(_Cast):
     dtype = torch.bfloat16
-
-
-@lookalike()
-class WeightsThroughHalf(ExpertList):
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.router(x)
-        out = torch.zeros_like(x)
-        for e in range(EXPERTS):
-            token, slot = torch.where(ids == e)
-            share = (weights[token, slot, None] * 1e-7).half().to(x.dtype) * 1e7
-            out.index_add_(0, token, self.experts[e](x[token]) * share)
-        return out

@@ -247,7 +247,7 @@ for _split in ("gate_up", "up_gate", "interleaved"):
     program(name=f"Joined_{_split}")(partial(Joined, _split))
 
 
-@program(missing="parameters [E*I, H] are no bank: only [E, a, b] and numbered ones are")
+@program()
 class FlatParameters(nn.Module):
     """MegaBlocks: [E * I, H] viewed as [E, I, H]."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, Operand, WeightBinding, bind
-from moe_fx.kernels.registry import Capability
+from moe_fx.kernels.capability import Capability
 from moe_fx.reference import ACTIVATIONS
 from moe_fx.spec import CombineSpec, ExpertSpec, MoESpec
 

@@ -7,6 +7,7 @@ import pytest
 
 from moe_fx.binding import Operand
 from moe_fx.hardware import catalogue
+from moe_fx.kernels.ladder import LADDER
 from moe_fx.kernels.registry import Kernel
 from moe_fx.oracle import Request, choose
 from moe_fx.oracle.vetoes import IRRELEVANT, RULES, Case, vetoes
@@ -44,7 +45,7 @@ def with_expert(**changes: Any) -> MoESpec:
 
 # --- closed world
 
-READ = {path for rule in RULES for path in rule.reads}
+READ = {path for rule in (*LADDER, *RULES) for path in rule.reads}
 ALL_FIELDS = [
     f"{prefix}.{f.name}"
     for prefix, cls in (
@@ -65,7 +66,8 @@ def test_every_field_is_read_by_a_rule_or_declared_irrelevant(path: str) -> None
 
 
 def test_tables_name_nothing_that_does_not_exist() -> None:
-    derived = {"request.weights", "device.kind", "device.installed", "device.memory_bytes"}
+    derived = {"device.kind", "device.arch", "device.installed", "device.memory_bytes", "weights", "all2all", "batched"}
+    derived |= {f"config.{n}" for n in ("use_ep", "router_logits_dtype", "batch_invariant", "is_lora_enabled")}
     assert READ | set(IRRELEVANT) == set(ALL_FIELDS) | derived
     assert all(IRRELEVANT.values())
 
@@ -102,7 +104,7 @@ def test_the_narrowest_kernel_refuses_every_change_that_is_not_declared_irreleva
     old = getattr(getattr(SPEC, part), name)
     new = (not old) if isinstance(old, bool) else f"other {old}" if isinstance(old, str) else old * 2 or 1
     changed = replace(SPEC, **{part: replace(getattr(SPEC, part), **{name: new})})  # type: ignore[arg-type]
-    sizes = ("spec.expert.hidden", "spec.expert.intermediate")  # doubled they are still multiples
+    sizes = [f"spec.expert.{n}" for n in ("experts", "hidden", "intermediate")]  # doubled they still fit
     assert bool(codes(case(NARROWEST, spec=changed))) == (path not in IRRELEVANT and path not in sizes)
 
 

@@ -191,6 +191,34 @@ def test_look_alikes_are_left_with_a_reason(written: Any, words: str) -> None:
     assert fused.calls("moe_fx.moe") == 0
 
 
+class Counted(Block):
+    """The weights change with a number that is an argument."""
+
+    def forward(self, x: Tensor, number: int) -> tuple[Any, ...]:  # type: ignore[override]
+        logits = self.logits(x)
+        ids, weights = _picked(logits)
+        return self.experts(x, ids, self.written(weights, x.shape[0], number)), logits  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights, tokens, number: weights * number / tokens,
+        lambda weights, tokens, number: weights * (1 + tokens - number),
+        lambda weights, tokens, number: weights.roll(number, 0),
+    ],
+    ids=["quotient", "difference", "roll"],
+)
+def test_an_argument_does_not_cancel_the_number_of_tokens(change: Any) -> None:
+    block = Counted(change)
+    fused = Fused(block, dynamic=True)
+    with torch.no_grad():
+        for number in (5, 7):
+            torch.testing.assert_close(fused(x_of(), number), block(x_of(), number), atol=1e-4, rtol=1e-4)
+    (outcome,) = fused.outcomes
+    assert outcome.router is None, outcome.router
+
+
 def test_noise_on_the_logits_stays_outside() -> None:
     """What comes before the logits is not the router's: the noisy logits are the op's input."""
     fused = Fused(Block(noisy))

@@ -1,6 +1,23 @@
 """The built-in experts kernels, each registered by the decorator in its own file."""
 
-from moe_fx.kernels.experts import gather_bmm, gather_gemv, reference, sorted_loop, torch_grouped
+from moe_fx.kernels.experts import (
+    batched_loop,
+    gather_bmm,
+    gather_gemv,
+    reference,
+    routed_loop,
+    sorted_loop,
+    torch_grouped,
+)
 from moe_fx.kernels.experts.backward import experts_backward
 
-__all__ = ["experts_backward", "gather_bmm", "gather_gemv", "reference", "sorted_loop", "torch_grouped"]
+__all__ = [
+    "batched_loop",
+    "experts_backward",
+    "gather_bmm",
+    "gather_gemv",
+    "reference",
+    "routed_loop",
+    "sorted_loop",
+    "torch_grouped",
+]

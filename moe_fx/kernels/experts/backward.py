@@ -7,11 +7,13 @@ between the projections: <dy, W2 h + b2> = <W2' dy, h> + <dy, b2>, which saves t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, join_gate_up
+from moe_fx.kernels.capability import RowSchemes
 from moe_fx.kernels.experts.rows import (
     CHUNK,
     Segment,
@@ -23,11 +25,12 @@ from moe_fx.kernels.experts.rows import (
     gather_rows,
     inside,
     products,
+    rounded,
     sort_rows,
     up_products,
 )
 from moe_fx.reference.activations import activation
-from moe_fx.reference.experts import compute_dtype, norm_backward, normalise
+from moe_fx.reference.experts import compute_dtype, norm_backward, normalise, rounding_of
 from moe_fx.spec import MoESpec
 
 
@@ -55,7 +58,7 @@ def experts_backward(
         dx, dweights = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, weights))
         return dx, dweights
     job = _Job(dy, x, weights, experts, spec, grads, rows, saved)
-    for chunk in rows.chunks(CHUNK):
+    for chunk in rows.chunks(CHUNK if job.by_row else rows.used):
         job.chunk(chunk)
     if rows.used < ids.numel():
         job.drows[rows.used :].zero_()
@@ -84,11 +87,24 @@ class _Job:
     ) -> None:
         self.dy, self.x, self.weights, self.experts, self.spec, self.grads = dy, x, weights, experts, spec, grads
         self.order, self.saved = rows.order, saved
-        self.dtype = compute_dtype(experts, spec.expert)
+        self.dtype = compute_dtype(experts, spec.expert, x.dtype)
         size = (rows.order.numel(), x.shape[1])
+        self.by_row = all((None, spec.quant.key(operand)) in RowSchemes() for operand in ("a1", "a2"))
+        if not self.by_row:
+            self.experts = self._shared_scales()
         self.drows = torch.empty(size, dtype=self.dtype, device=x.device)
         wide = torch.promote_types(torch.promote_types(self.dtype, weights.dtype), torch.float32)
         self.dweights = torch.empty(size[0], dtype=wide, device=x.device)
+
+    def _shared_scales(self) -> Experts:
+        """With the scales of the up product's inputs that are one for all tokens, also for those of no expert; those of
+        the down product come from one chunk of all rows."""
+        x = self.x
+        if self.spec.combine.weight_on == "input":
+            x = (x[:, None] * self.weights[..., None]).flatten(0, 1)
+        found = rounding_of("a1", self.experts, self.spec).over(lambda: x.to(self.dtype))
+        scales = replace(self.experts.scales, a1=found.scale, a1_global=found.global_scale)
+        return replace(self.experts, scales=scales)
 
     def chunk(self, chunk: list[Segment]) -> None:
         """The rows of some experts: their gradients, and the gradients of those experts' weights."""
@@ -97,8 +113,9 @@ class _Job:
         flat = self.order[first:last]
         token = flat // self.weights.shape[1]
         inputs = gather_rows(self.x, self.weights, flat, self.spec, self.dtype)
+        inputs = rounded(inputs, "a1", experts, self.spec, chunk)
         up = [s[first:last] for s in self.saved] or up_products(inputs, experts, chunk)
-        hidden = activate(up, experts, spec)
+        hidden = rounded(activate(up, experts, spec), "a2", experts, self.spec, chunk)
         d_out = self.dy.index_select(0, token)
         w = self.weights.reshape(-1).index_select(0, flat).unsqueeze(1)
         on_input = self.spec.combine.weight_on == "input"

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, Matrices
+from moe_fx.kernels.capability import PLAIN
 from moe_fx.kernels.experts.reference import ALL
 from moe_fx.kernels.experts.rows import SortedRows, activate, empty_result, finish, gather_rows, inside
+from moe_fx.kernels.experts.torch_experts import Scratch, TorchExperts
 from moe_fx.kernels.registry import Cost, experts_kernel
 from moe_fx.reference.experts import compute_dtype, normalise
 from moe_fx.spec import MoESpec
@@ -23,22 +25,24 @@ CHUNK = 32  # rows whose weights are copied at a time: bounds the memory
 
 @experts_kernel(
     "gather_bmm",
-    capability=replace(ALL, forms=frozenset({"stacked", "flat"}), backward="recompute"),
+    capability=replace(ALL, forms=frozenset({"stacked", "flat"}), schemes=frozenset({PLAIN}), backward="recompute"),
     cost=Cost("per_row", lambda E, T, k: 20 + T * k / 4, ((1, 0.007),)),
     rank=40,
 )
-def gather_bmm(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec) -> Tensor:
-    """x [T, H], ids [T, k], weights [T, k], stacked weights → y [T, H].  Runs below autograd."""
-    if not ids.numel():
-        return empty_result(x, spec)
-    valid = inside(ids, spec.expert.experts)
-    expert = ids.where(valid, 0).reshape(-1)
-    flat = torch.arange(ids.numel(), device=ids.device)
-    dtype = compute_dtype(experts, spec.expert)
-    chunks = zip(flat.split(CHUNK), expert.split(CHUNK), strict=True)
-    out = torch.cat([_rows(gather_rows(x, weights, rows, spec, dtype), es, experts, spec) for rows, es in chunks])
-    out.masked_fill_(~valid.reshape(-1, 1), 0)
-    return finish(out, SortedRows(flat, [], 0), weights.masked_fill(~valid, 0), spec, x.dtype)
+class GatherBmmExperts(TorchExperts):
+    def compute(
+        self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
+    ) -> Tensor:
+        if not ids.numel():
+            return empty_result(x, spec)
+        valid = inside(ids, spec.expert.experts)
+        expert = ids.where(valid, 0).reshape(-1)
+        flat = torch.arange(ids.numel(), device=ids.device)
+        dtype = compute_dtype(experts, spec.expert)
+        chunks = zip(flat.split(CHUNK), expert.split(CHUNK), strict=True)
+        out = torch.cat([_rows(gather_rows(x, weights, rows, spec, dtype), es, experts, spec) for rows, es in chunks])
+        out.masked_fill_(~valid.reshape(-1, 1), 0)
+        return finish(out, SortedRows(flat, [], 0), weights.masked_fill(~valid, 0), spec, x.dtype)
 
 
 def _rows(inputs: Tensor, expert: Tensor, experts: Experts, spec: MoESpec) -> Tensor:

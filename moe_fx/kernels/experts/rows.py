@@ -6,21 +6,25 @@ A routed row is one (token, slot) pair.  Its flat position is ``token * k + slot
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fx.binding import Experts, Matrices, split_gate_up
+from moe_fx.binding import Experts, Matrices, Vectors, split_gate_up
 from moe_fx.reference.activations import activation
-from moe_fx.reference.experts import dtype_of
+from moe_fx.reference.experts import dtype_of, rounding_of
+from moe_fx.reference.quantise import matrix
 from moe_fx.spec import ExpertSpec, MoESpec
 
 Segment = tuple[int, int, int]  # expert, first sorted row, row after the last
 FEW = 64  # rows that are sorted on the host
 CHUNK = 256  # rows that share one activation call: few calls at small T, inside the L2 cache at large T
+PIECE = 2048  # rows of one expert at a time: bounds the memory when all tokens go to one
 
 
 @dataclass(slots=True)
@@ -33,6 +37,11 @@ class SortedRows:
     order: Tensor
     segments: list[Segment]
     used: int
+
+    def pieces(self, most: int) -> SortedRows:
+        """The same rows in segments of at most ``most``: several in a row may be of one expert."""
+        cut = [(e, at, min(at + most, stop)) for e, start, stop in self.segments for at in range(start, stop, most)]
+        return SortedRows(self.order, cut, self.used)
 
     def chunks(self, rows: int) -> Iterator[list[Segment]]:
         """Consecutive segments of at least ``rows`` rows together, except the last."""
@@ -86,12 +95,39 @@ def inside(ids: Tensor, experts: int) -> Tensor:
     return (ids >= 0) & (ids < experts)
 
 
-def gather_rows(x: Tensor, weights: Tensor, flat: Tensor, spec: MoESpec, dtype: torch.dtype) -> Tensor:
+def gather_rows(
+    x: Tensor, weights: Tensor, flat: Tensor, spec: MoESpec, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Rows [n, H] of the flat positions [n] in ``dtype``, times their routing weight if that is on the input."""
-    rows = x.index_select(0, flat // weights.shape[1])
+    token = flat // weights.shape[1]
+    if spec.combine.weight_on == "output" and out is not None and x.dtype == dtype:
+        return torch.index_select(x, 0, token, out=out)
+    rows = x.index_select(0, token)
     if spec.combine.weight_on == "input":
         rows = rows * weights.reshape(-1).index_select(0, flat).unsqueeze(1)
-    return rows.to(dtype)
+    return rows.to(dtype) if out is None else out.copy_(rows)
+
+
+def room(scratch: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A tensor with undefined values: of the workspace where it fits, else a new one."""
+    size = math.prod(shape) * dtype.itemsize
+    if scratch is None or scratch.nbytes < size:
+        return like.new_empty(shape, dtype=dtype)
+    return scratch.view(-1).view(torch.uint8)[:size].view(dtype).view(shape)
+
+
+def rounded(
+    rows: Tensor, operand: Literal["a1", "a2"], experts: Experts, spec: MoESpec, chunk: list[Segment]
+) -> Tensor:
+    """Inputs [n, in] of the chunk's products as quantised products see them; every row has scales of its own, or given
+    ones (``capability.RowSchemes``)."""
+    rounding = rounding_of(operand, experts, spec)
+    if rounding.key is None:
+        return rows
+    if not rounding.by_expert:
+        return rounding(rows, 0)
+    parts = rows.split([stop - start for _, start, stop in chunk])
+    return torch.cat([rounding(part, expert) for part, (expert, _, _) in zip(parts, chunk, strict=True)])
 
 
 def products(
@@ -102,17 +138,23 @@ def products(
     back: times the matrix from the other side, [n, out] → [n, in].  Matrices are read where they lie.
     """
     if out is None:
-        out = inputs.new_empty((inputs.shape[0], matrices[0].shape[1 if back else 0]))
+        out = inputs.new_empty((inputs.shape[0], sizes_of(matrices)[1 if back else 0]))
     sizes = [stop - start for _, start, stop in chunk]
-    if isinstance(matrices, Tensor):
+    if isinstance(matrices, Tensor) and matrices.dtype == inputs.dtype:
         whole = matrices if back else matrices.transpose(1, 2)
-        chosen = [whole.select(0, expert) for expert, _, _ in chunk]
-    else:
-        chosen = [matrices[expert] if back else matrices[expert].t() for expert, _, _ in chunk]
-    cast = chosen[0].dtype != inputs.dtype
-    for rows, matrix, result in zip(inputs.split(sizes), chosen, out.split(sizes), strict=True):
-        torch.mm(rows, matrix.to(inputs.dtype) if cast else matrix, out=result)
+        chosen: Iterable[Tensor] = [whole.select(0, expert) for expert, _, _ in chunk]
+    else:  # one at a time: a cast or dequantised matrix lives for one product
+        found = (matrix(matrices, expert, inputs.dtype) for expert, _, _ in chunk)
+        chosen = found if back else (m.t() for m in found)
+    for rows, one, result in zip(inputs.split(sizes), chosen, out.split(sizes), strict=True):
+        torch.mm(rows, one, out=result)
     return out
+
+
+def sizes_of(matrices: Matrices) -> tuple[int, int]:
+    """(out, in) of the matrices."""
+    rows, cols = matrices[0].shape
+    return rows, cols
 
 
 def up_products(
@@ -134,7 +176,7 @@ def down_products(hidden: Tensor, experts: Experts, chunk: list[Segment], out: T
     return result
 
 
-def _add_biases(rows: Tensor, biases: Matrices, chunk: list[Segment]) -> None:
+def _add_biases(rows: Tensor, biases: Vectors, chunk: list[Segment]) -> None:
     sizes = [stop - start for _, start, stop in chunk]
     for (expert, _, _), part in zip(chunk, rows.split(sizes), strict=True):
         part.add_(biases[expert].to(rows.dtype))

@@ -3,6 +3,7 @@
 Under ``fullgraph=True`` Dynamo traces through them; otherwise each one breaks the graph, in the middle of every naive
 loop over experts.  For our backend they are traced in either case.  Where that was of no use (no block with such a size
 in it was fused, or Dynamo failed on one) the frame is traced again without: code that is no MoE meets Dynamo as it is.
+A torch without one of the private names that this takes compiles as it ever does, and the report names what is missing.
 
 before: topk | where, expert 0 | where, expert 1 | …  (a graph each)   after: topk, where, expert 0, where, expert 1 …
 """
@@ -14,33 +15,69 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import CodeType
 from typing import Any, NoReturn
 
 import sympy
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
-from moe_fx.passes.capture.hooks import decline, surround
+from moe_fx.passes.capture.hooks import decline, lacking, surround
 from moe_fx.passes.dataflow import target_name
 from moe_fx.reasons import Reject
 
+NEEDS = (  # besides hooks.TRACING, without which nothing here runs
+    ("torch._dynamo.exc", "BackendCompilerFailed"),
+    ("torch._dynamo.exc", "SkipFrame"),
+    ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis"),
+    ("torch._dynamo.exc", "UnspecializeRestartAnalysis"),
+    ("torch._dynamo.resume_execution", "ContinueExecutionCache.generated_code_metadata"),
+    ("torch._guards", "CompileContext.get"),
+    ("torch._guards", "TracingContext.try_get"),
+    ("torch.fx.experimental.symbolic_shapes", "ShapeEnvSettings"),
+)
 _SELECTIONS = {"topk", "one_hot", "argmax"}
 _allowed: dict[Any, CodeType] = {}  # ShapeEnv of a trace that goes on → the frame's code
 _thread = threading.local()  # .plain: code that was sent back → the compilation (a weak reference) that did
+
+
+@cache
+def missing() -> str:
+    """What this torch lacks of what this file needs; "" when all is there."""
+    if name := lacking(NEEDS):
+        return f"{name} is missing"
+    try:
+        return "" if _open(ShapeEnv(allow_dynamic_output_shape_ops=False)) else "ShapeEnv.settings is not heeded"
+    except (AttributeError, TypeError) as error:
+        return f"ShapeEnv.settings: {error}"
+
+
+def _open(environment: Any) -> bool:
+    """Lets sizes come from data; False where they could before, or still cannot."""
+    if environment.allow_dynamic_output_shape_ops:
+        return False
+    environment.settings = dataclasses.replace(environment.settings, allow_dynamic_output_shape_ops=True)
+    return bool(environment.allow_dynamic_output_shape_ops)
 
 
 @surround
 @contextmanager
 def allow(tracer: Any) -> Iterator[None]:
     """Lets a frame make sizes from data, unless it, or the frame that it continues, was sent back."""
-    environment, settings = tracer.output.shape_env, tracer.output.shape_env.settings
-    code = _origin(tracer.f_code)
-    if settings.allow_dynamic_output_shape_ops or _sent_back(code, continues=code is not tracer.f_code):
+    if missing():
+        try:
+            yield
+        except Exception:
+            if _selects(tracer):
+                _note(tracer, "capture.unavailable", f"sizes that depend on data cannot be traced: {missing()}")
+            raise
+        return
+    environment, code = tracer.output.shape_env, _origin(tracer.f_code)
+    if _sent_back(code, continues=code is not tracer.f_code) or not _open(environment):
         yield
         return
-    environment.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
     _allowed[environment] = code
     try:
         yield
@@ -49,28 +86,37 @@ def allow(tracer: Any) -> Iterator[None]:
 
         if isinstance(error, (BackendCompilerFailed, RestartAnalysis, SkipFrame)):
             raise
-        if any(target_name(n) in _SELECTIONS for n in tracer.output.graph.nodes):
-            _note(tracer, error)
+        if _selects(tracer):
+            title = str(error).strip().partition("\n")[0]
+            text = f"Dynamo could not trace the code that follows a selection of k: {title}"
+            _note(tracer, "capture.data_dependent", text, _place(error))
         _retrace(code)
     finally:
         del _allowed[environment]
 
 
-def _note(tracer: Any, error: Exception) -> None:
-    """What in the code of a block stopped the trace."""
-    place = next(iter(reversed(getattr(error, "real_stack", None) or [])), None)
-    where = "" if place is None else f"{place.filename}:{place.lineno} {place.line or ''}".strip()
-    title = str(error).strip().partition("\n")[0]
+def _selects(tracer: Any) -> bool:
+    """Whether the frame, so far, makes a selection as a router does."""
+    return any(target_name(n) in _SELECTIONS for n in tracer.output.graph.nodes)
+
+
+def _note(tracer: Any, code: str, text: str, source: str = "") -> None:
+    """Why the frame's block is left to Dynamo."""
     owner = tracer.f_locals.get("self")
     name = tracer.f_code.co_name if owner is None else type(owner).__qualname__
-    text = f"Dynamo could not trace the code that follows a selection of k: {title}"
-    decline(name, Reject("capture.data_dependent", text, name), source=where)
+    decline(name, Reject(code, text, name), source=source)
+
+
+def _place(error: Exception) -> str:
+    """The line of the user's code that stopped the trace."""
+    place = next(iter(reversed(getattr(error, "real_stack", None) or [])), None)
+    return "" if place is None else f"{place.filename}:{place.lineno} {place.line or ''}".strip()
 
 
 def useless(gm: GraphModule, fused: list[Node]) -> bool:
     """Whether the sizes from data that ``allow`` let into ``gm`` are of no use, none being in the blocks ``fused``, or
     of harm: others have conditions, which Dynamo turns into assertions that the user's code does not make."""
-    if _environment() not in _allowed:
+    if not _allowed or _environment() not in _allowed:
         return False
     graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
     others = {n for graph in graphs for n in graph.nodes if _from_data(n)} - set(fused)

@@ -3,16 +3,18 @@ first offered to the substitutes registered here, and each frame is traced insid
 every other backend, thread and torch.export the hooks pass through.
 
 Holds: whether a compilation is ours is read off the tracer at hand, never off a flag; a substitute that raises or
-declines leaves Dynamo's own behaviour; ``uninstall`` restores Dynamo.
+declines leaves Dynamo's own behaviour; of the two hooks each is there where torch has what it needs, whatever the other
+lacks; ``uninstall`` restores Dynamo.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +25,17 @@ Substitute = Callable[[Any, Any, list[Any]], Any]
 
 # tracer of a frame (Dynamo's, before its first instruction) → what surrounds the trace
 Surrounding = Callable[[Any], AbstractContextManager[None]]
+
+# private names of torch: (module, attribute path)
+INLINING = (
+    ("torch._dynamo.symbolic_convert", "InliningInstructionTranslator.inline_call"),
+    ("torch._dynamo.exc", "TorchDynamoException"),
+)
+TRACING = (
+    ("torch._dynamo.symbolic_convert", "InstructionTranslator.run"),
+    ("torch._dynamo.exc", "RestartAnalysis"),
+    ("torch._dynamo.exc", "TorchDynamoException"),
+)
 
 
 class Note(NamedTuple):
@@ -36,7 +49,7 @@ class Note(NamedTuple):
 _SUBSTITUTES: list[Substitute] = []
 _SURROUNDINGS: list[Surrounding] = []
 _declined = threading.local()
-_original: Any = None
+_undo: list[Callable[[], None]] = []  # for each hook that is in place
 
 
 def substitute(function: Substitute) -> Substitute:
@@ -46,7 +59,7 @@ def substitute(function: Substitute) -> Substitute:
 
 
 def surround(function: Surrounding) -> Surrounding:
-    """Registers a context for the trace of each frame."""
+    """Registers a context for the trace of each frame; one that is registered later surrounds those before."""
     _SURROUNDINGS.append(function)
     return function
 
@@ -66,15 +79,29 @@ def drain() -> tuple[list[Note], float]:
     return take_notes(), _declined.__dict__.pop("seconds", 0.0)
 
 
+def lacking(names: Iterable[tuple[str, str]]) -> str:
+    """The first of ``names`` (module, attribute path) that is not there, with its module; "" when all are."""
+    for module, path in names:
+        try:
+            functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError):
+            return f"{module}.{path}"
+    return ""
+
+
 def available() -> str:
-    """ "" when the hook can be installed, else what this torch lacks."""
-    try:
-        from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
-    except ImportError as error:
-        return f"torch._dynamo.symbolic_convert: {error}"
-    if "run" in vars(InstructionTranslator) or not callable(getattr(InstructionTranslator, "run", None)):
-        return "InstructionTranslator does not inherit its method run"
-    found = inspect.getattr_static(InliningInstructionTranslator, "inline_call", None)
+    """ "" when both hooks can be installed, else what this torch lacks, and for what."""
+    lacks = {"loops of transformers' experts": _no_inlining(), "loops with torch.where": _no_tracing()}
+    return "; ".join(f"{why} (for {what})" for what, why in lacks.items() if why)
+
+
+def _no_inlining() -> str:
+    """Why functions cannot be offered to substitutes; "" when they can."""
+    if name := lacking(INLINING):
+        return f"{name} is missing"
+    from torch._dynamo.symbolic_convert import InliningInstructionTranslator
+
+    found = inspect.getattr_static(InliningInstructionTranslator, "inline_call")
     if not isinstance(found, classmethod):
         return "InliningInstructionTranslator.inline_call is not a class method"
     names = list(inspect.signature(found.__func__).parameters)
@@ -83,40 +110,63 @@ def available() -> str:
     return ""
 
 
+def _no_tracing() -> str:
+    """Why traces cannot be surrounded; "" when they can."""
+    name = lacking(TRACING)
+    return f"{name} is missing" if name else ""
+
+
 def install(backend: Any, active: Callable[[], bool] = lambda: True) -> str:
-    """Wraps Dynamo's inlining and tracing for ``backend``, once.  Returns why not, where it cannot ("" when done).
+    """Wraps Dynamo's inlining and tracing for ``backend``, once, each where it can.  Returns ``available()``.
 
     active: asked each time; while it says no, Dynamo is as without us.
     """
-    global _original
-    if _original is not None or (missing := available()):
-        return "" if _original is not None else missing
-    from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
+    if not _undo:
+        for missing, wrap in ((_no_inlining(), _wrap_inlining), (_no_tracing(), _wrap_tracing)):
+            if not missing:
+                wrap(backend, active)
+    return available()
 
-    _original = inspect.getattr_static(InliningInstructionTranslator, "inline_call")
 
-    @functools.wraps(_original.__func__)
+def _wrap_inlining(backend: Any, active: Callable[[], bool]) -> None:
+    from torch._dynamo.symbolic_convert import InliningInstructionTranslator
+
+    original: Any = inspect.getattr_static(InliningInstructionTranslator, "inline_call")
+
+    @functools.wraps(original.__func__)
     def inline_call(cls: Any, parent: Any, func: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if not kwargs and compiles_for(parent, backend) and active():
             result = _offered(parent, func, list(args))
             if result is not None:
                 return result
-        return _original.__func__(cls, parent, func, args, kwargs, *rest, **more)
+        return original.__func__(cls, parent, func, args, kwargs, *rest, **more)
 
-    inherited = InstructionTranslator.run
+    setattr(InliningInstructionTranslator, "inline_call", classmethod(inline_call))  # noqa: B010  mypy: a method
+    _undo.append(lambda: setattr(InliningInstructionTranslator, "inline_call", original))
 
-    @functools.wraps(inherited)
+
+def _wrap_tracing(backend: Any, active: Callable[[], bool]) -> None:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    own, original = vars(InstructionTranslator).get("run"), InstructionTranslator.run
+
+    @functools.wraps(original)
     def run(self: Any) -> None:
         with ExitStack() as stack:
             if compiles_for(self, backend) and active():
-                for surrounding in _SURROUNDINGS:
+                for surrounding in reversed(_SURROUNDINGS):
                     with _guarded("a frame"):
                         stack.enter_context(surrounding(self))
-            inherited(self)
+            original(self)
 
-    setattr(InliningInstructionTranslator, "inline_call", classmethod(inline_call))  # noqa: B010  mypy: a method
+    def undo() -> None:
+        if own is None:
+            delattr(InstructionTranslator, "run")  # inherited again
+        else:
+            setattr(InstructionTranslator, "run", own)  # noqa: B010
+
     setattr(InstructionTranslator, "run", run)  # noqa: B010
-    return ""
+    _undo.append(undo)
 
 
 def _offered(tracer: Any, function: Any, args: list[Any]) -> Any:
@@ -147,13 +197,8 @@ def _guarded(what: str) -> Iterator[None]:
 
 def uninstall() -> None:
     """Restores Dynamo."""
-    global _original
-    if _original is not None:
-        from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
-
-        setattr(InliningInstructionTranslator, "inline_call", _original)  # noqa: B010
-        delattr(InstructionTranslator, "run")  # inherited again
-        _original = None
+    while _undo:
+        _undo.pop()()
 
 
 def compiles_for(tracer: Any, backend: Any) -> bool:

@@ -9,6 +9,7 @@ Readers of ids and weights that come later read the op's; earlier ones keep the 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from moe_fx.passes.rewrite import flattened, following, insert_call
 from moe_fx.passes.routers.match import Hypothesis, recognise
 from moe_fx.passes.routers.region import RouterRegion, find_routers
 from moe_fx.reasons import Reject
-from moe_fx.spec import RouterSpec, parse
+from moe_fx.spec import MoESpec, RouterSpec, parse
 
 _SAME_VALUES = {"reshape", "view", "flatten", "contiguous", "to", "long", "type_as", "clone"}
 _VERDICTS: dict[str, Hypothesis | Reject] = {}
@@ -42,7 +43,10 @@ class Outcome:
     reason: Reject | None = None
 
 
-def fuse_routers(gm: GraphModule, examples: list[object]) -> list[Outcome]:
+Replan = Callable[[Node, MoESpec], str | None]  # experts call, what the block is with its router → plan, None: as it is
+
+
+def fuse_routers(gm: GraphModule, examples: list[object], replan: Replan = lambda *_: None) -> list[Outcome]:
     """Every router of ``gm`` that a RouterSpec describes goes into its experts' call; one outcome for each call."""
     outcomes: list[Outcome] = []
     for graph, weights, _ in graph_parts(gm, examples):
@@ -58,7 +62,7 @@ def fuse_routers(gm: GraphModule, examples: list[object]) -> list[Outcome]:
                 late.append(Outcome(call, None, reason=verdict))
                 continue
             region, hypothesis = verdict
-            moe = rewrite_router(graph, flow, call, region, hypothesis)
+            moe = rewrite_router(graph, flow, call, region, hypothesis, replan)
             late.append(Outcome(call, hypothesis.spec, str(moe.args[4])))
             rewritten += [*region.nodes, call]
         outcomes += reversed(late)
@@ -98,7 +102,14 @@ def _recognise(region: RouterRegion) -> Hypothesis | Reject:
     return _VERDICTS[key]
 
 
-def rewrite_router(graph: Graph, flow: Dataflow, call: Node, region: RouterRegion, found: Hypothesis) -> Node:
+def rewrite_router(
+    graph: Graph,
+    flow: Dataflow,
+    call: Node,
+    region: RouterRegion,
+    found: Hypothesis,
+    replan: Replan = lambda *_: None,
+) -> Node:
     """Replaces ``call`` by ``moe_fx::moe`` and returns it; dead nodes are left for ``_erase_dead``."""
     x, ids, weights, operands, spec, binding, plan = call.args
     assert isinstance(ids, Node) and isinstance(weights, Node) and isinstance(operands, (list, tuple))
@@ -107,6 +118,7 @@ def rewrite_router(graph: Graph, flow: Dataflow, call: Node, region: RouterRegio
     bound = parse_binding(str(binding))
     bound = replace(bound, operands=(*bound.operands, *roles))
     whole = replace(parse(str(spec)), router=found.spec)
+    plan = replan(call, whole) or plan
     rest = set(following(call))
     with graph.inserting_before(call):
         extra = [_vector(graph, region.params[at], region.experts) for _, at in mine if at is not None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_fx.passes.dataflow import fake, value
 from moe_fx.passes.routers.region import RouterRegion
-from moe_fx.passes.sampling import constants, evaluate, free_symbols, sizes_of
+from moe_fx.passes.sampling import constants, evaluate, free_numbers, free_symbols, sizes_of
 
 Kind = Literal["plain", "small", "spread", "peaks", "negative", "ties", "equal", "saturated"]
 EXACT: tuple[Kind, ...] = ("plain", "small", "spread", "peaks", "negative")
@@ -124,15 +124,16 @@ class RouterSampler:
         size = math.prod(fake(self.region.logits).shape[:-1])
         return [_MANY if kind == "equal" else _ROWS, 5, 1] if free_symbols(size) else [int(size)]
 
-    def _assignment(self, tokens: int) -> dict[Any, int]:
+    def _assignment(self, tokens: int) -> dict[Any, float]:
         """Values of the symbols that give ``tokens``: all 1 but one."""
         size = math.prod(fake(self.region.logits).shape[:-1])
         free = [s for s in self.symbols if s in free_symbols(size)]
+        others = free_numbers([s for s in self.symbols if s not in free], self.generator)
         if not free:
-            return dict.fromkeys(self.symbols, tokens)
+            return others
         for count in range(tokens, tokens + 16):
             for symbol in reversed(free):
-                found = {s: count if s is symbol or s not in free else 1 for s in self.symbols}
+                found = {**others, **{s: count if s is symbol else 1 for s in free}}
                 if int(evaluate(size, found)) == count:
                     return found
         raise ValueError(f"no values of {free} give {tokens} tokens or a few more")

@@ -1,0 +1,82 @@
+"""Experts whose Linears a library has quantised, with the real library; `make peers` installs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moe_fx
+
+H, I, E, K = 128, 64, 4, 2  # noqa: E741
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(H, I, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(I, H, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList(Mlp() for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(K, -1)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+def _torchao(config: str, **arguments: Any) -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: `make peers` runs this")
+    torch.manual_seed(0)
+    model = Block().to(torch.bfloat16).eval()
+    torchao.quantize_(model.experts, getattr(torchao, config)(**arguments))
+    return model
+
+
+def _run(model: nn.Module, inner: str, lengths: tuple[int, ...] = (9, 1, 20)) -> Any:
+    torch._dynamo.reset()
+    moe_fx.reset()
+    run = torch.compile(model, backend="moe_fx", options={"inner_backend": inner})
+    with torch.no_grad():
+        for tokens in lengths:
+            x = torch.randn(tokens, H, dtype=torch.bfloat16)
+            y, usual = run(x).double(), model(x).double()
+            assert (y - usual).norm() <= 0.02 * usual.norm(), tokens
+    return moe_fx.last_report().sites[0]
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [("Int8WeightOnlyConfig", "int8:1x-1:float32"), ("Float8WeightOnlyConfig", "float8_e4m3fn:1x-1:float32")],
+)
+def test_torchao_weight_only(config: str, key: str, inner: str) -> None:
+    site = _run(_torchao(config), inner)
+    assert site.fused, site.rejects
+    assert site.spec.quant.w13 == site.spec.quant.w2 == key
+
+
+def test_torchao_that_quantises_activations_is_no_matrix() -> None:
+    """Its products are not those with one matrix, whatever Dynamo makes of it."""
+    from moe_fx.passes import wrapped
+
+    model = _torchao("Int8DynamicActivationInt8WeightConfig")
+    weight = model.experts[0].up_proj.weight
+    names, context = weight.__tensor_flatten__()
+    assert wrapped._inside(weight, tuple(names), context, [getattr(weight, n) for n in names]) is None
+    assert not _run(model, "eager", (64,)).fused

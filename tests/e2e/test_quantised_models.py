@@ -1,0 +1,227 @@
+"""Blocks over quantised weights run on their codes: the same values, one expert dequantised at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moe_fx
+
+from .quantised import BLOCKS, Block, E, H, blocks, fp8, groups
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    torch._dynamo.reset()
+    moe_fx.reset()
+    return torch.compile(model.eval(), backend="moe_fx", options={"inner_backend": "eager"} | options)
+
+
+def only_site() -> Any:
+    """The one that all graphs have; without a token there is nothing to fuse."""
+    sites = [s for s in moe_fx.last_report().sites if s.graph < 3]
+    assert len({(s.fqn, str(s.spec)) for s in sites}) == 1, sites
+    return sites[0]
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a floating tensor that any op makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float64) and t._base is None:
+                self.most = max(self.most, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_runs_on_codes(name: str) -> None:
+    torch.manual_seed(0)
+    model = BLOCKS[name]()
+    dtype = model.gate.weight.dtype
+    run = compiled(model)
+    with torch.no_grad():
+        for tokens in (7, 1, 23, 0):
+            x = torch.randn(tokens, H, dtype=dtype)
+            y, usual = run(x), model(x)
+            exact = _exact(model, x)
+            bound = 2 * (usual.double() - exact).norm() + 4 * torch.finfo(dtype).eps * exact.norm()
+            assert (y.double() - exact).norm() <= bound, tokens
+    site = only_site()
+    assert site.fused, site.rejects
+    kind = name.split(",")[0].replace("modules", name.rpartition(" ")[2])
+    assert {"fp8": "float8_e4m3fn", "blocks": "float8_e4m3fn", "mxfp4": "float4_e2m1"}.get(
+        kind, kind
+    ) in site.spec.quant.w13
+    assert ("zero" in site.spec.quant.w13) == ("zero points" in name or name == "int4, bfloat16")
+
+
+def _exact(model: nn.Module, x: Tensor) -> Tensor:
+    """The same in float64, routed as the model routes."""
+    wide = _in_float64(model)
+    weights, ids = model.gate(x).softmax(-1).topk(2, -1)
+    y = torch.zeros_like(x, dtype=torch.float64)
+    for e in range(E):
+        token, slot = torch.where(ids == e)
+        gate, up, down = wide(e)
+        rows = x[token].double()
+        out = (torch.nn.functional.silu(rows @ gate.t()) * (rows @ up.t())) @ down.t()
+        y.index_add_(0, token, out * weights[token, slot, None].double())
+    return y
+
+
+def _in_float64(model: nn.Module) -> Any:
+    if isinstance(model, Block):
+
+        def stacked(e: int) -> tuple[Tensor, ...]:
+            up = model.dequantise(*model.up.parts(e), torch.float64)
+            return (*up.chunk(2), model.dequantise(*model.down.parts(e), torch.float64))
+
+        return stacked
+
+    def apart(e: int) -> tuple[Tensor, ...]:
+        expert = model.experts[e]  # type: ignore[index]
+        layers = (expert.gate_proj, expert.up_proj, expert.down_proj)
+        return tuple(m.dequantise(m.weight_packed, m.weight_scale, None, torch.float64) for m in layers)
+
+    return apart
+
+
+@pytest.mark.parametrize("name", [n for n in BLOCKS if "whole" in n or "modules" in n])
+def test_the_bank_is_never_dequantised_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything as large made in the graph: what computed it is gone."""
+    seen = Largest()
+
+    def watched(gm: Any, *_: object) -> Any:
+        def run(*args: Any) -> Any:
+            with seen:
+                return gm(*args)
+
+        return run
+
+    monkeypatch.setattr("moe_fx.backend.compile_inner", watched)
+    model = BLOCKS[name]()
+    x = torch.randn(3, H, dtype=model.gate.weight.dtype)
+    with torch.no_grad():
+        compiled(model)(x)
+        with Largest() as usual:
+            model(x)
+    one = 64 * 64  # the larger matrix of one expert
+    assert 0 < seen.most <= one
+    assert "modules" in name or usual.most == E * one
+
+
+@pytest.mark.parametrize("name", ["int4, groups", "fp8, blocks, whole bank"])
+def test_under_inductor(name: str) -> None:
+    model = BLOCKS[name]()
+    run = compiled(model, inner_backend="inductor")
+    with torch.no_grad():
+        for tokens in (5, 1, 9):
+            x = torch.randn(tokens, H)
+            torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
+    assert only_site().fused
+
+
+def test_codes_may_change() -> None:
+    """The op reads the model's own buffers."""
+    model = BLOCKS["int8, groups"]()
+    run = compiled(model)
+    x = torch.randn(5, H)
+    with torch.no_grad():
+        before = run(x)
+        model.down.scale.mul_(2)
+        model.up.codes.neg_()
+        after = run(x)
+        torch.testing.assert_close(after, model(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before, after)
+
+
+class Clamped(Block):
+    """Not a dequantisation that anybody knows: stays in the graph, and the block is fused all the same."""
+
+    def weights(self, bank: Any, dtype: torch.dtype) -> list[Tensor]:
+        return [m.clamp(-0.05, 0.05) for m in super().weights(bank, dtype)]
+
+
+class OneExpertDiffers(Block):
+    def weights(self, bank: Any, dtype: torch.dtype) -> list[Tensor]:
+        first, *rest = super().weights(bank, dtype)
+        return [first * 2, *rest]
+
+
+class NeighboursScale(Block):
+    def weights(self, bank: Any, dtype: torch.dtype) -> list[Tensor]:
+        return [self.dequantise(bank.codes[e], bank.scale[(e + 1) % E], None, dtype) for e in range(E)]
+
+
+class ScaleWritten(Block):
+    """The scale changes between the dequantisation and the products."""
+
+    def weights(self, bank: Any, dtype: torch.dtype) -> list[Tensor]:
+        found = super().weights(bank, dtype)
+        bank.scale.mul_(1.5)
+        return found
+
+
+class ScaleClamped(Block):
+    def weights(self, bank: Any, dtype: torch.dtype) -> list[Tensor]:
+        return [self.dequantise(bank.codes[e], bank.scale[e].clamp(min=0.0015), None, dtype) for e in range(E)]
+
+
+class Adapted(Block):
+    """Low-rank adapters merged into each matrix."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.a = nn.Parameter(torch.randn(E, 2, H) * 0.1)
+
+    def weights(self, bank: Any, dtype: torch.dtype) -> list[Tensor]:
+        found = super().weights(bank, dtype)
+        return found if bank is self.down else [m + m[:, :2] @ a for m, a in zip(found, self.a, strict=True)]
+
+
+@pytest.mark.parametrize("kind", [Clamped, OneExpertDiffers, NeighboursScale, ScaleWritten, ScaleClamped, Adapted])
+def test_near_misses_give_the_right_result(kind: type[Block]) -> None:
+    model, twin = kind(fp8, "int8", (1, -1)), kind(fp8, "int8", (1, -1))
+    twin.load_state_dict(model.state_dict())
+    run = compiled(model)
+    with torch.no_grad():
+        for tokens in (6, 11):
+            x = torch.randn(tokens, H)
+            torch.testing.assert_close(run(x), twin(x), rtol=1e-5, atol=1e-5)
+    site = only_site()
+    assert site.spec is None or not site.spec.quant
+
+
+def test_gradients_reach_scales() -> None:
+    """A scale that learns: its block is fused over the computed matrices, and autograd goes on from there."""
+    model, twin = (Block(groups, "int8", (1, 16)) for _ in range(2))
+    for each in (model, twin):
+        each.up.scale.requires_grad_()
+    twin.load_state_dict(model.state_dict())
+    run = compiled(model)
+    x = torch.randn(9, H, generator=torch.Generator().manual_seed(2))
+    run(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    torch.testing.assert_close(model.up.scale.grad, twin.up.scale.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.gate.weight.grad, twin.gate.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_that_reads_no_codes_gets_matrices() -> None:
+    model = Block(blocks, "fp8", (16, 16), how="whole", dtype=torch.bfloat16)
+    run = compiled(model, kernel="torch_grouped")
+    x = torch.randn(9, H, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=3e-2, atol=3e-2)
+    site = only_site()
+    assert site.fused
+    assert not site.spec.quant
+    assert site.plan.kernel_for(9) == "torch_grouped"
