@@ -66,7 +66,7 @@ def invalidate(model: Module | None = None) -> int:
     """Has packed copies of ``model``'s weights (None: of all models) written again, in place, before their next use.
     Returns how many.
 
-    Needed only with ``memory="copy"``, after writes that no key can see: ``p.data.mul_()``, a NumPy
+    Needed only with ``memory="copy"`` or ``quantize``, after writes that no key can see: ``p.data.mul_()``, a NumPy
     view, another process.  The default ``memory="view"`` reads the model's own storage and is always right.
     """
     return STORE.invalidate(model)

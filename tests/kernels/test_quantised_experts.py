@@ -33,6 +33,7 @@ from moe_fx.kernels.config import (
 from moe_fx.kernels.experts.backward import experts_backward
 from moe_fx.kernels.ladder import Question, ladder
 from moe_fx.kernels.modular_kernel import FusedMoEKernel
+from moe_fx.kernels.modular_kernel.workspace import release
 from moe_fx.kernels.prepare_finalize import PrepareAndFinalizeNoEP
 from moe_fx.kernels.registry import kernel
 from moe_fx.quant import QuantKey
@@ -302,6 +303,7 @@ def test_the_bank_never_exists_whole(loop: str, name: str, form: str) -> None:
     spec = MoESpec(2, ExpertSpec(experts_count, hidden, inner), quant=chosen)
     x = torch.randn(tokens, hidden, generator=draw)
     ids, weights = torch.arange(2 * tokens).remainder(experts_count).view(tokens, 2), torch.rand(tokens, 2)
+    release()  # the workspace of earlier tests is larger
     run(kernel(loop), x, ids, weights, experts, spec)
     with Live(x, ids, weights, *tensors_of(up), *tensors_of(down)) as live:
         run(kernel(loop), x, ids, weights, experts, spec)
