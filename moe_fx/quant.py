@@ -58,7 +58,6 @@ class GroupShape(NamedTuple):
 
 PER_TENSOR = GroupShape(-1, -1)
 PER_TOKEN = GroupShape(1, -1)  # of activations; of weights: one scale an output channel
-PER_COLUMN = GroupShape(-1, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from moe_fx.passes.wrapped import Inside, inside_of, is_wrapped
 from moe_fx.quant import GroupShape, QuantSpec
 from moe_fx.reference.quantise import dequantise
 
-_MOST = 1 << 25  # elements of one matrix, or of two experts of a bank, that are computed as a sample
+_MOST = 1 << 25  # elements of one matrix, or of a bank, that are computed as a sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def _held(graph: Graph, nodes: tuple[Node, ...], found: dict[tuple[Node, ...], C
     inside = insides[0]
     if inside is None or inside.recipe is None or any(i != inside for i in insides):
         return None
-    return _Held(inside.recipe, len(nodes) == 1, lambda at: _inner(graph, nodes, inside, at))
+    return _Held(inside.recipe, False, lambda at: _inner(graph, nodes, inside, at))
 
 
 def _inner(graph: Graph, nodes: tuple[Node, ...], inside: Inside, at: int) -> list[Node]:
@@ -143,12 +143,13 @@ def recipe_of(computed: Computed) -> Recipe | None:
 
 
 def _proved(computed: Computed) -> Recipe | None:
-    """The scheme that gives what the computation of the first matrix, or of two experts of a bank, gives."""
+    """The scheme that gives what the computation of the first matrix, or of a bank, gives."""
     *stack, a, b = (int(s) for s in fake(computed.nodes[0]).shape)
     module = _module(computed)
     count = stack[0] if stack else len(computed.nodes)
-    # a bank of two experts is as good as a whole one, unless the code names their number
-    few = 2 if stack and not _names_number(module, count) else count
+    few = count
+    if stack and count * a * b > _MOST and not _names_an_expert(module, count):
+        few = 2  # every expert of a large bank goes the way of the first two
     if (few if stack else 1) * a * b > _MOST:
         return None
     by_expert = bool(stack) or computed.picked
@@ -192,12 +193,12 @@ def _module(computed: Computed) -> GraphModule:
     return GraphModule(root.graph.owning_module or torch.nn.Module(), graph)
 
 
-def _names_number(module: GraphModule, number: int) -> bool:
-    """Whether the code names that number anywhere."""
+def _names_an_expert(module: GraphModule, experts: int) -> bool:
+    """Whether a number in the code may single out experts beyond the first two (``w[:3]``, ``w[-2:]``)."""
     leaves: list[object] = []
     for node in module.graph.nodes:
         torch.fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
-    return any(isinstance(leaf, int) and leaf == number for leaf in leaves)
+    return any(isinstance(leaf, int) and 2 <= abs(leaf) <= experts for leaf in leaves)
 
 
 def _last_input(graph: Graph) -> Node:

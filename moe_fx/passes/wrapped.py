@@ -31,7 +31,7 @@ class Inside:
     plain: bool
 
 
-_KNOWN: dict[str, Inside | None] = {}
+_KNOWN: dict[tuple[type, str], Inside | None] = {}  # by the class itself: two may have one name
 
 
 def is_wrapped(node: Node) -> bool:
@@ -39,33 +39,36 @@ def is_wrapped(node: Node) -> bool:
 
 
 def inside_of(node: Node) -> Inside | None:
-    """What a wrapped weight holds; None where products with it are not those with one matrix."""
+    """What a wrapped matrix holds; None where products with it are not those with one matrix, and for a stack of them,
+    whose experts could each go another way."""
     whole: Any = fake(node)
     names, context = whole.__tensor_flatten__()
     parts = [getattr(whole, name) for name in names]
-    text = f"{type(whole)} {[(tuple(p.shape), p.dtype) for p in parts]} {context} {tuple(whole.shape)} {whole.dtype}"
-    if text not in _KNOWN:
+    text = f"{[(tuple(p.shape), p.dtype) for p in parts]} {context} {tuple(whole.shape)} {whole.dtype}"
+    key = type(whole), text
+    if key not in _KNOWN:
         with isolated(), torch._C._EnableTorchFunction():  # Dynamo calls a backend without it
-            _KNOWN[text] = _inside(whole, tuple(names), context, parts)
-    return _KNOWN[text]
+            _KNOWN[key] = _inside(whole, tuple(names), context, parts)
+    return _KNOWN[key]
 
 
 def _inside(whole: Any, names: tuple[str, ...], context: Any, parts: list[Any]) -> Inside | None:
     if not all(isinstance(p, Tensor) and not is_traceable_wrapper_subclass(p) for p in parts):
         return None
-    *lead, a, b = (int(s) for s in whole.shape)
+    if whole.ndim != 2:
+        return None
+    a, b = (int(s) for s in whole.shape)
     stored = [(tuple(int(s) for s in p.shape), p.dtype) for p in parts]
     values = draw(stored)
     try:
         insides = dict(zip(names, values, strict=True))
         made = type(whole).__tensor_unflatten__(insides, context, whole.shape, whole.stride())
-        one = made[0] if lead else made
-        matrix = F.linear(torch.eye(b, dtype=whole.dtype), one).t()
+        matrix = F.linear(torch.eye(b, dtype=whole.dtype), made).t()
         x = torch.randn(64, b, generator=torch.Generator().manual_seed(1))
         x[torch.arange(64), torch.arange(64) % b] *= 30  # rows that are rounded on the way lose the rest
         x = x.to(whole.dtype)
         exact = x.double() @ matrix.double().t()
-        error, usual = (F.linear(x, w).double() - exact for w in (one, matrix))
+        error, usual = (F.linear(x, w).double() - exact for w in (made, matrix))
         dequantised = made.dequantize()
     except Exception:  # noqa: BLE001  a subclass may refuse anything
         return None
@@ -77,10 +80,8 @@ def _inside(whole: Any, names: tuple[str, ...], context: Any, parts: list[Any]) 
         """Codes, scales and their product may each be rounded to the subclass's own dtype."""
         return bool(((found.double() - expected).abs() <= 2 * eps * expected.abs()).all())
 
-    each = [(shape[len(lead) :], dtype) for shape, dtype in stored]
-    first = [v[0] for v in values] if lead else values
-    plain = isinstance(dequantised, Tensor) and close(dequantised[0] if lead else dequantised, matrix.double())
-    for recipe in candidates(each, a, b):
-        if close(matrix, dequantise(as_quantised(recipe, first, (), a, b), torch.float64)):
+    plain = isinstance(dequantised, Tensor) and close(dequantised, matrix.double())
+    for recipe in candidates(stored, a, b):
+        if close(matrix, dequantise(as_quantised(recipe, values, (), a, b), torch.float64)):
             return Inside(names, recipe, plain)
     return Inside(names, None, plain)

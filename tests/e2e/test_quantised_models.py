@@ -201,6 +201,45 @@ def test_near_misses_give_the_right_result(kind: type[Block]) -> None:
     assert site.spec is None or not site.spec.quant
 
 
+def _from_the_fourth(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    w = fp8(codes, scale, zero, dtype)
+    return torch.cat([w[:3], 2 * w[3:]])
+
+
+def _the_last_two(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    w = fp8(codes, scale, zero, dtype)
+    return torch.cat([w[:-2], 2 * w[-2:]])
+
+
+def _by_place(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return fp8(codes, scale, zero, dtype) * torch.where(torch.arange(E) > 3.5, 2.0, 1.0)[:, None, None]
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("dequantise", [_from_the_fourth, _the_last_two, _by_place])
+def test_experts_of_a_bank_that_differ(dequantise: Any, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of the bank is computed as a sample: a large one is not computed whole."""
+    monkeypatch.setattr("moe_fx.passes.recipes._MOST", (E if not large else 2) * 64 * 64)
+    monkeypatch.setattr("moe_fx.passes.recipes._PROVED", {})
+    model = Block(dequantise, "int8", (1, -1), how="whole")
+    run = compiled(model)
+    x = torch.randn(23, H)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not only_site().spec.quant
+
+
+def test_a_large_bank_is_shown_by_two_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_fx.passes.recipes._MOST", 2 * 64 * 64)
+    monkeypatch.setattr("moe_fx.passes.recipes._PROVED", {})
+    model = BLOCKS["fp8, a scale a channel, whole bank"]()
+    run = compiled(model)
+    x = torch.randn(23, H)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
+    assert only_site().spec.quant
+
+
 def test_gradients_reach_scales() -> None:
     """A scale that learns: its block is fused over the computed matrices, and autograd goes on from there."""
     model, twin = (Block(groups, "int8", (1, 16)) for _ in range(2))

@@ -117,3 +117,17 @@ def test_products_decide(kind: type[Codes], dtype: torch.dtype) -> None:
     site = run(kind, dtype)
     assert not site.fused
     assert site.rejects[0].code == "match.weights"
+
+
+def test_classes_of_one_name_are_two_classes() -> None:
+    """As in a notebook, where a class is defined again."""
+
+    def defined(shift: float) -> type[Codes]:
+        class Again(Codes):
+            def product(self, x: Tensor) -> Tensor:
+                return super().product(x) + shift
+
+        return Again
+
+    assert run(defined(0.0), torch.float32).fused
+    assert not run(defined(1.0), torch.float32).fused

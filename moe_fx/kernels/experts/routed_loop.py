@@ -19,8 +19,9 @@ from moe_fx.kernels.config import (
 )
 from moe_fx.kernels.experts.reference import ALL, DEQUANTISE, EFFICIENCY
 from moe_fx.kernels.experts.sorted_loop import SortedLoopExperts
-from moe_fx.kernels.experts.torch_experts import Scratch, local_ids
+from moe_fx.kernels.experts.torch_experts import Scratch
 from moe_fx.kernels.modular_kernel.experts import FusedMoEExpertsMonolithic, Up
+from moe_fx.kernels.prepare_finalize.inputs import local_ids
 from moe_fx.kernels.registry import Cost, experts_kernel, touched
 from moe_fx.reasons import MoEFxOptionError
 from moe_fx.reference.router import route

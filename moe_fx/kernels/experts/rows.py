@@ -90,6 +90,24 @@ def _sort_few(flat: Tensor, experts: int) -> SortedRows:
     return SortedRows(torch.tensor(order), segments, used)
 
 
+@dataclass(frozen=True, slots=True)
+class ByExpert:
+    """order: int64 [S], flat positions of the routed rows in order of expert.  ends: int32 [E], after each expert's
+    last row.  expert: [S], of each row."""
+
+    order: Tensor
+    ends: Tensor
+    expert: Tensor
+
+
+def by_expert(ids: Tensor, experts: int) -> ByExpert:
+    """ids [T, k], an expert's each or ``experts`` where none is meant → rows sorted, those of none last.  Waits for no
+    device."""
+    expert, order = ids.reshape(-1).sort(stable=True)
+    bins = torch.arange(experts, device=ids.device, dtype=ids.dtype)
+    return ByExpert(order, torch.searchsorted(expert, bins, right=True, out_int32=True), expert)
+
+
 def inside(ids: Tensor, experts: int) -> Tensor:
     """bool, shape of ids: the id names an expert."""
     return (ids >= 0) & (ids < experts)

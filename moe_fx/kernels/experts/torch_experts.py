@@ -24,6 +24,8 @@ from moe_fx.kernels.config.moe import FIELD_ACTIVATIONS, FIELD_PARAMS
 from moe_fx.kernels.config.quant import FusedMoEQuantDesc
 from moe_fx.kernels.modular_kernel.experts import FusedMoEExpertsModular, Shape, Up
 from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata
+from moe_fx.kernels.prepare_finalize.inputs import local_ids
+from moe_fx.kernels.weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceDelegate
 from moe_fx.reasons import MoEFxOptionError, MoEFxRuntimeError
 from moe_fx.reference.experts import dtype_of
 from moe_fx.spec import MoESpec
@@ -142,17 +144,66 @@ class TorchExperts(FusedMoEExpertsModular):
         )
 
 
+class BatchedExperts(TorchExperts):
+    """Experts over one batch each: x [El, max_tokens, H] → [El, max_tokens, H]; what lies after a batch's count is
+    undefined, and the sum over a token's experts is left to finalize."""
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: str,
+    ) -> tuple[Shape, Shape, Shape]:
+        return (0,), (0,), (local_num_experts, M, K)
+
+    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
+        return TopKWeightAndReduceDelegate()
+
+    @abstractmethod
+    def batches(
+        self, output: Tensor, x: Tensor, experts: Experts, spec: MoESpec, meta: ExpertTokensMetadata, routed: int
+    ) -> None:
+        """Writes the batches of ``output``.  routed: rows of all batches together, at most."""
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Up,
+        w2: Matrices,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: str,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        a1q_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        if expert_tokens_meta is None:
+            raise MoEFxRuntimeError("batches of tokens come with a count for each expert; prepare gave none")
+        refuse_codes(a1q_scale)
+        experts, spec = self.view(w1, w2), self.spec_for(activation)
+        self.batches(output, hidden_states, experts, spec, expert_tokens_meta, topk_ids.numel())
+
+    def compute(
+        self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
+    ) -> Tensor:
+        raise MoEFxRuntimeError(f"{self.name} takes one batch an expert")
+
+
 def refuse_codes(a1q_scale: Tensor | None) -> None:
     """MoEFxRuntimeError for tokens that come as codes."""
     if a1q_scale is not None:
         raise MoEFxRuntimeError("these experts round their inputs themselves, and tokens came quantised already")
-
-
-def local_ids(ids: Tensor, expert_map: Tensor) -> Tensor:
-    """ids of all ranks → local ones; -1 for those of other ranks, and for those that name no expert."""
-    most = expert_map.numel()
-    known = (ids >= 0) & (ids < most)
-    return torch.where(known, expert_map[ids.clamp(0, most - 1).long()].to(ids.dtype), -1)
 
 
 def _codes(matrices: Matrices, desc: FusedMoEQuantDesc, of_inputs: Vectors | None) -> Matrices:

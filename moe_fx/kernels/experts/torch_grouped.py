@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_fx.binding import Experts, Matrices, Vectors
 from moe_fx.kernels.capability import PLAIN
 from moe_fx.kernels.experts.reference import ALL
-from moe_fx.kernels.experts.rows import SortedRows, activate, empty_result, finish, gather_rows, inside
+from moe_fx.kernels.experts.rows import SortedRows, activate, by_expert, empty_result, finish, gather_rows, inside
 from moe_fx.kernels.experts.torch_experts import Scratch, TorchExperts
 from moe_fx.kernels.registry import Cost, experts_kernel
 from moe_fx.reasons import MoEFxRuntimeError
@@ -52,9 +52,8 @@ class TorchGroupedExperts(TorchExperts):
             return empty_result(x, spec)
         count = spec.expert.experts
         valid = inside(ids, count)
-        key, order = ids.where(valid, count).reshape(-1).sort(stable=True)
-        bins = torch.arange(count, device=key.device, dtype=key.dtype)
-        ends = torch.searchsorted(key, bins, right=True, out_int32=True)
+        sorted_ = by_expert(ids.where(valid, count), count)
+        key, order, ends = sorted_.expert, sorted_.order, sorted_.ends
         expert = key.clamp(max=count - 1)  # of each row, for its biases
         inputs = gather_rows(x, weights, order, spec, torch.bfloat16)
         up = [_product(inputs, matrices, ends) for matrices in experts.up]

@@ -19,7 +19,7 @@ from torch import Tensor
 import moe_fx.kernels.layouts  # noqa: F401  registers them
 from moe_fx.binding import Experts, Matrices, Quantised
 from moe_fx.hardware import library_file
-from moe_fx.kernels.experts.rows import SortedRows, activate, empty_result, finish, inside
+from moe_fx.kernels.experts.rows import ByExpert, SortedRows, activate, by_expert, empty_result, finish, inside
 from moe_fx.kernels.experts.torch_experts import Scratch, TorchExperts
 from moe_fx.kernels.layouts.registry import LIBRARY_LAYOUTS
 from moe_fx.kernels.libraries import capabilities, platforms  # noqa: F401  the rows
@@ -154,23 +154,6 @@ class RoutedExperts(LibraryExperts):
         if routed.nobody is not None:
             y = y.masked_fill(routed.nobody, 0)
         return y.to(dtype_of(spec.combine.out_dtype, x.dtype))
-
-
-@dataclass(frozen=True, slots=True)
-class ByExpert:
-    """order: int64 [S], flat positions of the routed rows in order of expert.  ends: int32 [E], after each expert's
-    last row.  expert: int32 [S], of each row."""
-
-    order: Tensor
-    ends: Tensor
-    expert: Tensor
-
-
-def by_expert(ids: Tensor, experts: int) -> ByExpert:
-    """ids int32 [T, k], every one an expert's → its rows sorted.  Waits for no device."""
-    expert, order = ids.reshape(-1).sort(stable=True)
-    bins = torch.arange(experts, device=ids.device, dtype=ids.dtype)
-    return ByExpert(order, torch.searchsorted(expert, bins, right=True, out_int32=True), expert)
 
 
 class GroupedExperts(RoutedExperts):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_fx.binding import Experts, Matrices
 from moe_fx.kernels.experts.rows import activate
-from moe_fx.kernels.experts.torch_experts import Scratch
+from moe_fx.kernels.experts.torch_experts import BatchedExperts
 from moe_fx.kernels.libraries.adapter import (
     ByExpert,
     GroupedExperts,
@@ -26,10 +26,7 @@ from moe_fx.kernels.libraries.adapter import (
     scaled,
 )
 from moe_fx.kernels.libraries.rows import SM90
-from moe_fx.kernels.modular_kernel.experts import Shape, Up
 from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata
-from moe_fx.kernels.weight_and_reduce import TopKWeightAndReduce, TopKWeightAndReduceDelegate
-from moe_fx.reasons import MoEFxRuntimeError
 from moe_fx.spec import MoESpec
 
 ALIGNMENT = 128  # get_mk_alignment_for_contiguous_layout() on Hopper
@@ -91,53 +88,18 @@ def masked_arguments(a: Pair, b: Pair, out: Tensor, counts: Tensor, expected: in
 
 
 @adapter("batched_deepgemm", rank=62, archs=SM90)
-class BatchedDeepGemmExperts(LibraryExperts):
+class BatchedDeepGemmExperts(BatchedExperts, LibraryExperts):
     """x [El, M, H] with counts → [El, M, H]; rows after a count stay undefined."""
 
     @classmethod
     def layout_for(cls, spec: MoESpec) -> str:
         return "deepgemm.fp8_block"
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: str,
-    ) -> tuple[Shape, Shape, Shape]:
-        return (0,), (0,), (local_num_experts, M, K)
-
-    def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
-        return TopKWeightAndReduceDelegate()
-
-    def apply(
-        self,
-        output: Tensor,
-        hidden_states: Tensor,
-        w1: Up,
-        w2: Matrices,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        activation: str,
-        global_num_experts: int,
-        expert_map: Tensor | None,
-        a1q_scale: Tensor | None,
-        a2_scale: Tensor | None,
-        workspace13: Tensor,
-        workspace2: Tensor,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        apply_router_weight_on_input: bool,
+    def batches(
+        self, output: Tensor, x: Tensor, experts: Experts, spec: MoESpec, meta: ExpertTokensMetadata, routed: int
     ) -> None:
-        if expert_tokens_meta is None:
-            raise MoEFxRuntimeError("batches of tokens come with a count for each expert; prepare gave none")
-        experts, spec = self.view(w1, w2), self.spec_for(activation)
-        counts = expert_tokens_meta.expert_num_tokens
-        tokens = -(-topk_ids.numel() // spec.expert.experts)
-        up = self._masked(hidden_states, experts.up[0], "a1", counts, tokens)
+        counts, tokens = meta.expert_num_tokens, -(-routed // spec.expert.experts)
+        up = self._masked(x, experts.up[0], "a1", counts, tokens)
         hidden = activate([up.flatten(0, 1)], experts, spec.expert).view(*up.shape[:2], -1)
         output.copy_(self._masked(hidden, experts.down, "a2", counts, tokens))
 
@@ -150,8 +112,3 @@ class BatchedDeepGemmExperts(LibraryExperts):
         out = rows.new_empty(*rows.shape[:2], weights[0].shape[1])
         function("m_grouped_fp8_gemm_nt_masked")(**masked_arguments(a, weights, out, counts, max(tokens, 1)))
         return out
-
-    def compute(
-        self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
-    ) -> Tensor:
-        raise MoEFxRuntimeError("batched_deepgemm takes one batch an expert")

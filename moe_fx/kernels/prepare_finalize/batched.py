@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_fx.kernels.config import FusedMoEQuantConfig
 from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata, FusedMoEActivationFormat
 from moe_fx.kernels.modular_kernel.prepare_finalize import FusedMoEPrepareAndFinalizeModular, Prepared
-from moe_fx.kernels.prepare_finalize.inputs import quantised, weighted
+from moe_fx.kernels.prepare_finalize.inputs import local_ids, quantised, weighted
 from moe_fx.kernels.weight_and_reduce import (
     TopKWeightAndReduce,
     TopKWeightAndReduceDelegate,
@@ -66,10 +66,8 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
             raise MoEFxRuntimeError(f"{tokens} tokens for batches of at most {most}: raise max_num_tokens")
         a1 = weighted(a1, topk_weights) if apply_router_weight_on_input else a1
         if expert_map is not None:
-            known = (topk_ids >= 0) & (topk_ids < expert_map.numel())
-            local = expert_map[topk_ids.clamp(0, expert_map.numel() - 1).long()].long()
-            inside = known & (local >= 0)
-            topk_ids = torch.where(inside, local + self.rank * self.num_local_experts, -1)
+            local = local_ids(topk_ids.long(), expert_map)
+            topk_ids = torch.where(local >= 0, local + self.rank * self.num_local_experts, -1)
         topk_ids, topk_weights = _once(topk_ids.long(), topk_weights)
         place, local = batched_places(topk_ids, self.num_local_experts, self.rank)
         target = torch.where(local >= 0, local * most + place, self.num_local_experts * most)

@@ -1,4 +1,4 @@
-"""What every prepare does with tokens: the routing weight where it goes on the input, and their quantisation."""
+"""What is done with tokens and ids before the experts: the routing weight on the input, quantisation, local ids."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def quantised(a1: Tensor, quant_config: FusedMoEQuantConfig) -> tuple[Tensor, Te
     shape = quant_config.scale_shape(*a1.shape)
     without_tokens = found.scale.shape != shape  # then nothing says the scale that all of them share
     return found.codes, torch.ones(shape, dtype=found.scale.dtype, device=a1.device) if without_tokens else found.scale
+
+
+def local_ids(ids: Tensor, expert_map: Tensor) -> Tensor:
+    """ids of all ranks → local ones; -1 for those of other ranks, and for those that name no expert."""
+    most = expert_map.numel()
+    known = (ids >= 0) & (ids < most)
+    return torch.where(known, expert_map[ids.clamp(0, most - 1).long()].to(ids.dtype), -1)
