@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fx.binding import Experts, Quantised
+from moe_fx.binding import Experts, InputScales, Quantised
 from moe_fx.quant import (
+    FP4_BNB,
     FP8_BLOCK,
     FP8_CHANNEL,
     FP8_DYNAMIC,
@@ -41,12 +42,13 @@ from moe_fx.quant import (
     MXFP6_E3M2_DYNAMIC,
     MXFP8,
     MXFP8_DYNAMIC,
+    NF4,
     NVFP4,
     NVFP4_DYNAMIC,
     QuantKey,
     int_group,
 )
-from moe_fx.reference.experts import InputScales, experts_forward
+from moe_fx.reference.experts import experts_forward
 from moe_fx.reference.quantise import quantise
 from moe_fx.spec import ExpertSpec, MoESpec, QuantSpec
 
@@ -82,6 +84,8 @@ SCHEMES: dict[str, tuple[QuantKey, QuantKey | None]] = {
     "mxfp8": (MXFP8, MXFP8_DYNAMIC),
     "nvfp4 w4a16": (NVFP4, None),
     "nvfp4": (NVFP4, NVFP4_DYNAMIC),
+    "nf4 w4a16": (NF4, None),
+    "fp4_bnb w4a16": (FP4_BNB, None),
 }
 
 
@@ -151,10 +155,10 @@ def run(w: QuantKey, a: QuantKey | None) -> tuple[Tensor, float]:
     """(y [T, H] under the scheme, bytes per weight)"""
     x, (ids, shares) = activations(2), routing()
     quant = QuantSpec(str(w), str(w), str(a or ""), str(a or ""))
-    experts = Experts((held("w13", w),), held("w2", w), (), None, None, "gate_up")
-    scales = calibrated(MAX_OF[a.dtype]) if a is not None and a.static else None
+    scales = calibrated(MAX_OF[a.dtype]) if a is not None and a.static else InputScales()
+    experts = Experts((held("w13", w),), held("w2", w), (), None, None, "gate_up", scales)
     size = (w.nbytes(2 * I, H) + w.nbytes(H, I)) / (3 * H * I)
-    return experts_forward(x, ids, shares, experts, spec(quant), scales), size
+    return experts_forward(x, ids, shares, experts, spec(quant)), size
 
 
 def table() -> list[Row]:

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from moe_fx.lowerings.inline import inline, run_inline
 from moe_fx.lowerings.inner import compile_inner
 from moe_fx.lowerings.quantising import output_error, sizes
 from moe_fx.options import Options, disabled, resolve
-from moe_fx.passes.capture import data_sizes, hooks, hugging_face  # noqa: F401  registers
+from moe_fx.passes.capture import data_sizes, hooks, hugging_face, quantised_libraries  # noqa: F401  registers
 from moe_fx.passes.computed import sweep
 from moe_fx.passes.dataflow import fake
 from moe_fx.passes.finder import Found, find_regions
@@ -37,14 +37,14 @@ from moe_fx.passes.id_range import IdRange, id_range
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
 from moe_fx.passes.origin import fqn_of, source_of
-from moe_fx.passes.recipes import over_codes, unwrapped
+from moe_fx.passes.readings import Reading, read_products, restore
+from moe_fx.passes.recipes import forms
 from moe_fx.passes.regions import Region, describe, graph_parts
 from moe_fx.passes.rewrite import rewrite
 from moe_fx.passes.routers import forget, fuse_routers
 from moe_fx.passes.sampling import Sampler
 from moe_fx.passes.shrink import Twin, shrink
 from moe_fx.passes.verify import verify
-from moe_fx.passes.wrapped import is_wrapped
 from moe_fx.plan import Plan
 from moe_fx.planning import WholePlans, plan_for, quantised_plan, values_of
 from moe_fx.reasons import (
@@ -143,6 +143,7 @@ class _Graph:
         self.captured = 0.0  # seconds of ours while Dynamo traced
         self.dump: Dump | None = None
         self.computed: list[tuple[Graph, Found]] = []
+        self.readings: list[tuple[Graph, list[Reading]]] = []
 
     def write(self, what: Callable[[Dump], None]) -> None:
         """A dump; that it fails costs a warning and no block."""
@@ -162,6 +163,9 @@ class _Graph:
         self.seconds["capture"] += self.captured
         with self._stage("find", failed):
             for graph, weights, buffers in graph_parts(self.gm, self.inputs):
+                readings: list[Reading] = []
+                self.readings.append((graph, readings))
+                read_products(graph, readings)
                 found = find_regions(graph, weights)
                 self.computed.append((graph, found))
                 for node, rejects in found.rejects:
@@ -172,7 +176,7 @@ class _Graph:
                         sites.append(self._left(where, fqn_of(where), verdict.rejects))
                         continue
                     whole = replace(verdict.proposal, operands=tuple(region.inputs[i] for i in verdict.operands))
-                    result = self._over_codes(graph, region, whole, verdict.plan, found)
+                    result = self._formed(graph, region, whole, verdict.plan, found)
                     if isinstance(result, Reject):
                         sites.append(self._left(where, fqn_of(where), (result,)))
                         continue
@@ -187,6 +191,8 @@ class _Graph:
                 RECORDER.add(site)
             data_sizes.retrace()
         self._rewrite(accepted, sites)
+        for graph, left in self.readings:
+            restore(graph, left)
         return [replace(s, seconds=tuple(self.seconds.items())) for s in sites]
 
     def lower(self) -> list[Site]:
@@ -243,23 +249,15 @@ class _Graph:
                 break
         return _Verdict(None, None, rejects=tuple(dict.fromkeys(rejects)))
 
-    def _over_codes(
+    def _formed(
         self, graph: Graph, region: Region, proposal: Proposal, plan: Plan, found: Found
     ) -> tuple[Proposal, Plan] | Reject:
-        """The same over the codes that the weights are made of, where a kernel reads them; a Reject where a weight is a
-        tensor subclass that the op cannot take."""
+        """The same in the form in which the op reads the block's weights; a Reject where there is none."""
         with self._stage("match") as failed:
-            wrapped = any(is_wrapped(node) for node in proposal.operands)
-            if not wrapped and not any(bank.params in found.computed for bank in (*region.ups, region.down)):
-                return proposal, plan
-            if not region.training and (over := over_codes(graph, proposal, found.computed)) is not None:
-                with suppress(MoEFxUnsupportedError):  # a kernel that was asked for reads the computed weights
-                    return over, plan_for(region, over, False, self.options)
-            if (plain := unwrapped(graph, proposal)) is not None:
-                return plain, plan
-            first = proposal.operands[0]
-            text = f"a {type(fake(first)).__name__} multiplies otherwise than what it stands for"
-            return Reject("match.weights", text, first.name)
+            found_forms = forms(graph, region, proposal, found.computed)
+            if isinstance(found_forms, Reject):
+                return found_forms
+            return planning.formed_plan(region, found_forms, (proposal, plan), self.options)
         return failed[0]
 
     def _verify(self, twin: Twin, small: Proposal, plan: Plan, bounds: IdRange, training: bool) -> Reject | None:
@@ -327,7 +325,7 @@ class _Graph:
             source=source_of(node),
             graph=RECORDER.graphs,
             replaced=len(region.nodes),
-            note=self._doubt(region),
+            note=self._doubt(region, proposal),
             seconds=(),
             quantised=self._quantised(region, proposal, plan),
         )
@@ -348,13 +346,13 @@ class _Graph:
                 raise MoEFxUnsupportedError(text) from failure
         return Quantisation(self.options.quantize, before, after, error)
 
-    def _doubt(self, region: Region) -> str:
-        """What was not verified; "" when all was."""
+    def _doubt(self, region: Region, proposal: Proposal) -> str:
+        """What was not verified, or is done otherwise; "" when there is nothing."""
         if self.options.verify == "off":
             return "unverified"
-        meta = fake(region.down.params[0]).device.type == "meta"
-        text = "unverified in its own dtypes: weights on meta have no values, only the formula was checked"
-        return text if meta else ""
+        if fake(region.down.params[0]).device.type == "meta":
+            return "unverified in its own dtypes: weights on meta have no values, only the formula was checked"
+        return planning.unrounded(region, proposal)
 
     def _left(self, node: Node | None, fqn: str, rejects: tuple[Reject, ...]) -> Site:
         source = "" if node is None else source_of(node)

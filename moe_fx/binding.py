@@ -105,6 +105,7 @@ class Quantised:
     """Matrices held as codes: those of all experts, or after ``[e]`` of one.
 
     codes: [E, out, in] of the key's dtype; of fewer than eight bits packed along ``in`` into uint8, lowest bits first
+    (of nf4 and fp4_bnb the highest)
     (two codes a byte, or four in three bytes).  int4 is unsigned, 0 … 15.
     scale, zero: [E, *key.group.scales(out, in)]; zero uint8 or int8.  global_scale: float32 [E].
     """

@@ -7,7 +7,9 @@ mathematics with the weights as codes, of which the requests for a kernel or a m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +26,16 @@ from moe_fx.oracle import Request, choose, tuned
 from moe_fx.passes.dataflow import fake, tensor
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal
+from moe_fx.passes.products import input_keys
 from moe_fx.passes.regions import Region, runnable
 from moe_fx.passes.wrapped import is_wrapped
 from moe_fx.plan import Plan
-from moe_fx.quant import scheme_of
+from moe_fx.quant import QuantSpec, scheme_of
 from moe_fx.reasons import MoEFxUnsupportedError, Reject, out_of_memory
+from moe_fx.reference.formats import FLOATS
 from moe_fx.spec import MoESpec
+
+_INPUTS: Final[tuple[Literal["a1", "a2"], ...]] = ("a1", "a2")
 
 
 def plan_for(region: Region, proposal: Proposal, training: bool, options: Options) -> Plan:
@@ -69,6 +75,36 @@ def quantised_plan(
         return proposal, _plan(region, proposal, training, replace(_before_routers(options), layout=QUANTISED))
     except MoEFxUnsupportedError as error:
         raise MoEFxUnsupportedError(f"quantize={name!r}: {error}") from None
+
+
+def formed_plan(
+    region: Region, forms: Sequence[Proposal], proved: tuple[Proposal, Plan], options: Options
+) -> tuple[Proposal, Plan]:
+    """The first of the forms in which the weights can be read that has a kernel, with its plan; ``proved`` for the form
+    that was.  Raises MoEFxUnsupportedError where none has."""
+    for form in forms:
+        if form.spec == proved[0].spec:
+            return form, proved[1]
+        if _device(runnable(fake(form.operands[0]).device)).kind == "cpu":
+            form = replace(form, spec=replace(form.spec, quant=_exact_inputs(form.spec.quant)))
+        # where a kernel that was asked for reads no codes, it may read what the graph makes of them
+        with nullcontext() if form.operands == forms[-1].operands else suppress(MoEFxUnsupportedError):
+            return form, plan_for(region, form, False, options)
+    raise AssertionError("the last form returns or raises")
+
+
+def _exact_inputs(quant: QuantSpec) -> QuantSpec:
+    """Without the rounding of inputs to small floats, which no CPU multiplies: it would cost time and digits."""
+    kept = {name: "" if (key := quant.key(name)) is None or key.dtype in FLOATS else str(key) for name in _INPUTS}
+    return replace(quant, **kept)
+
+
+def unrounded(region: Region, proposal: Proposal) -> str:
+    """A note where the graph rounds inputs of products and the plan does not; "" otherwise."""
+    keys = input_keys(region) or ("", "")
+    quant = proposal.spec.quant
+    dropped = [key for key, kept in zip(keys, (quant.a1, quant.a2), strict=True) if key and not kept]
+    return f"inputs are not rounded to {dropped[0]}: a CPU does not multiply such numbers" if dropped else ""
 
 
 def _before_routers(options: Options) -> Options:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
-Code = Literal["float8_e4m3fn", "int8", "int4", "float4_e2m1", "float6_e3m2", "float6_e2m3"]
+Code = Literal["float8_e4m3fn", "int8", "int4", "float4_e2m1", "float6_e3m2", "float6_e2m3", "nf4", "fp4_bnb"]
 ScaleDType = Literal["float32", "float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn"]
 
 # largest magnitude of a code; int8 and int4 are used symmetrically unless there are zero points
@@ -28,6 +28,8 @@ MAX_OF: dict[str, float] = {
     "float4_e2m1": 6.0,
     "float6_e3m2": 28.0,
     "float6_e2m3": 7.5,
+    "nf4": 1.0,
+    "fp4_bnb": 1.0,
 }
 ZERO_OF: dict[str, int] = {"int4": 8}  # the code that means 0; int4 is stored unsigned, 0 … 15
 BITS_OF: dict[str, int] = {
@@ -37,6 +39,8 @@ BITS_OF: dict[str, int] = {
     "float4_e2m1": 4,
     "float6_e3m2": 6,
     "float6_e2m3": 6,
+    "nf4": 4,
+    "fp4_bnb": 4,
 }
 
 
@@ -167,6 +171,8 @@ MXFP6_E2M3 = QuantKey("float6_e2m3", GroupShape(1, 32), "float8_e8m0fnu")
 MXFP6_E2M3_DYNAMIC = _dynamic("float6_e2m3", GroupShape(1, 32), "float8_e8m0fnu")
 NVFP4 = QuantKey("float4_e2m1", GroupShape(1, 16), "float8_e4m3fn", global_scale=True)
 NVFP4_DYNAMIC = QuantKey("float4_e2m1", GroupShape(1, 16), "float8_e4m3fn", static=False, global_scale=True)
+NF4 = QuantKey("nf4", GroupShape(1, 64))  # the block size of bitsandbytes unless one is given
+FP4_BNB = QuantKey("fp4_bnb", GroupShape(1, 64))
 
 # the schemes of the option ``quantize``, by the field's names: keys of the weights and of the inputs of both products
 SCHEMES: dict[str, tuple[QuantKey, QuantKey | None]] = {
@@ -182,13 +188,15 @@ SCHEMES: dict[str, tuple[QuantKey, QuantKey | None]] = {
     "mxfp8": (MXFP8, MXFP8_DYNAMIC),
     "mxfp4": (MXFP4, MXFP4_DYNAMIC),
     "nvfp4": (NVFP4, NVFP4_DYNAMIC),
+    "nf4_w4a16": (NF4, None),
 }
 
 
 def scheme_of(name: str, hidden: int, intermediate: int) -> QuantSpec:
     """Scheme ``name`` for experts of H ``hidden`` and I ``intermediate``; KeyError lists the known.
 
-    "int4_w4a16" has groups of 128 inputs, of 32 where H or I is no multiple of 128.
+    "int4_w4a16" has groups of 128 inputs, of 32 where H or I is no multiple of 128.  In the others the last group of a
+    row is smaller where they are no multiples, in "nf4_w4a16" too, where bitsandbytes goes on into the next row.
     """
     if name not in SCHEMES:
         raise KeyError(f"no scheme {name!r}; known: {', '.join(SCHEMES)}")

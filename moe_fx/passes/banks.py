@@ -50,7 +50,8 @@ def find_banks(flow: Dataflow, weights: set[Node], computed: Sequence[tuple[Node
     groups: list[tuple[Node, ...]] = [(n,) for n in stacked]
     groups += numbered_alike([n for n in weights if (t := tensor(n)) is not None and t.ndim == 2])
     groups += computed
-    banks = [bank for group in groups for bank in _banks(flow, group, weights | set(group))]
+    made = {node for group in computed for node in group}
+    banks = [bank for group in groups for bank in _banks(flow, group, weights | set(group), made - set(group))]
     return sorted(banks, key=lambda b: flow.position[b.uses[0]])
 
 
@@ -91,9 +92,9 @@ def numbered_alike(nodes: list[Node]) -> list[tuple[Node, ...]]:
     return groups
 
 
-def _banks(flow: Dataflow, params: tuple[Node, ...], weights: set[Node]) -> list[Bank]:
+def _banks(flow: Dataflow, params: tuple[Node, ...], weights: set[Node], made: set[Node]) -> list[Bank]:
     """The bank of ``params``, once for every block that uses it (tied blocks use one after the other); none when they
-    are used otherwise than in products, or are alike layers in a row."""
+    are used otherwise than in products, to make other weights (``made``) say, or are alike layers in a row."""
     uses: list[Node] = []
     views: set[Node] = set()
     stack = list(params)
@@ -104,6 +105,8 @@ def _banks(flow: Dataflow, params: tuple[Node, ...], weights: set[Node]) -> list
             sources = [p for p in user.all_input_nodes if tensors(p)]
             if target_name(user) in GATHERS:  # w[ids]: still a weight, picked by row
                 sources = [p for p in sources if p not in flow.integers]
+            if user in made:
+                return []
             if all(p in weights or p in views for p in sources) and not flow.writes[user]:
                 views.add(user)
                 stack.append(user)

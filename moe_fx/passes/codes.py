@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from moe_fx.binding import Quantised
 from moe_fx.quant import GroupShape, QuantKey
+from moe_fx.reference.formats import CODEBOOKS
 
+_BLOCKS = (16, 32, 64, 128, 256)
 Part = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what one matrix has of a tensor
 _CODES = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SCALES = {
     torch.float32: "float32",
     torch.float16: "float16",
@@ -55,20 +59,29 @@ def candidates(parts: Sequence[Part], a: int, b: int) -> Iterator[Recipe]:
         n = prod(shape)
         names = [_CODES[dtype]] if n == a * b and dtype in _CODES else []
         if (dtype is torch.uint8 and 2 * n == a * b) or (dtype is torch.int32 and 8 * n == a * b):
-            names = ["int4", "float4_e2m1"]
+            names = ["int4", "float4_e2m1", *(("nf4", "fp4_bnb") if dtype is torch.uint8 else ())]
         rest = [i for i in range(len(parts)) if i != at]
         for name in names:
-            for scale in (i for i in rest if parts[i][1] in _SCALES):
+            for scale in (i for i in rest if parts[i][1] in (_FLOATS if name in CODEBOOKS else _SCALES)):
                 zeros = [i for i in rest if i != scale]
                 if len(zeros) > 1 or any(parts[i][1] not in (torch.uint8, torch.int8) for i in zeros):
                     continue
                 if zeros and prod(parts[zeros[0]][0]) != prod(parts[scale][0]):
                     continue
                 for groups in _groups(parts[scale][0], a, b):
-                    group = GroupShape(*(-1 if m == 1 else -(-n // m) for n, m in zip((a, b), groups, strict=True)))
-                    for zero in (*zeros, None):
-                        key = QuantKey(name, group, _SCALES[parts[scale][1]], zero_points=zero is not None)  # type: ignore[arg-type]
-                        yield Recipe(key, at, scale, zero, groups)
+                    for group in product(*(_extents(n, m) for n, m in zip((a, b), groups, strict=True))):
+                        for zero in (None,) if name in CODEBOOKS else (*zeros, None):
+                            extent, of_scale = GroupShape(*group), _SCALES[parts[scale][1]]
+                            key = QuantKey(name, extent, of_scale, zero_points=zero is not None)  # type: ignore[arg-type]
+                            yield Recipe(key, at, scale, zero, groups)
+
+
+def _extents(size: int, groups: int) -> list[int]:
+    """What a group of so many may be: equal parts, or a power of two with a smaller one at the end."""
+    if groups == 1:
+        return [-1]
+    equal = -(-size // groups)
+    return [equal, *(p for p in _BLOCKS if p != equal and -(-size // p) == groups)]
 
 
 def _groups(shape: tuple[int, ...], a: int, b: int) -> Iterator[tuple[int, int]]:
@@ -77,7 +90,10 @@ def _groups(shape: tuple[int, ...], a: int, b: int) -> Iterator[tuple[int, int]]
     if not sizes:
         yield 1, 1
     elif len(sizes) == 1:
+        flat = (a, sizes[0] // a)  # row by row, as bitsandbytes stores them
         yield from ((m, n) for m, n in ((sizes[0], 1), (1, sizes[0])) if m <= a and n <= b)
+        if sizes[0] > a and sizes[0] % a == 0 and b % flat[1] == 0:
+            yield flat
     elif len(sizes) == 2 and sizes[0] <= a and sizes[1] <= b:
         yield sizes[0], sizes[1]
 

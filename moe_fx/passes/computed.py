@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.passes.banks import GATHERS, PRODUCTS, numbered_alike
 from moe_fx.passes.dataflow import Dataflow, fake, identity, target_name, tensor, tensors
+from moe_fx.passes.readings import held
 
 _SAME_MATRIX = {"t", "transpose", "contiguous", "detach", "to", "type_as", "float", "half", "bfloat16", "clone"}
 _SAME_MATRIX |= {"transpose_", "mT", "T", "getattr", "numpy_T", "adjoint"}
@@ -60,7 +61,7 @@ def find_computed(flow: Dataflow, weights: set[Node], derived: set[Node]) -> lis
         elif ndim == 2 and len(read.picks) == 1:
             apart[sources, text].append((next(iter(read.picks)), root, sources))
         elif ndim == 2 and not read.picks:
-            listed[text].setdefault(sources[0], (root, sources))
+            listed[text].setdefault(_placeholder(sources[0]), (root, sources))
     for (_, spelt), members in apart.items():
         members.sort(key=lambda member: member[0])
         if len(members) > 1 and [e for e, *_ in members] == list(range(len(members))):
@@ -70,6 +71,38 @@ def find_computed(flow: Dataflow, weights: set[Node], derived: set[Node]) -> lis
             members_of = [by_source[node] for node in group]
             found.append(Computed(tuple(n for n, _ in members_of), tuple(s for _, s in members_of), spelt, False))
     return sorted(found, key=lambda c: flow.position[c.nodes[0]])
+
+
+def from_scales(computed: Computed) -> Computed | None:
+    """The same computation from scales that the graph computes apart (``absmax / 127``), which stay in the graph; None
+    where there are none."""
+    if computed.picked:
+        return None
+    sources = tuple(_small(node) for node in computed.nodes)
+    if sources == computed.sources:
+        return None
+    return Computed(computed.nodes, sources, f"from scales: {computed.text}", False)
+
+
+def _small(root: Node) -> tuple[Node, ...]:
+    """The inputs of a matrix's computation: placeholders, and what is much smaller than the matrix."""
+    found: dict[Node, None] = {}
+    stack, most = [root], fake(root).numel() // 8
+    while stack:
+        node = stack.pop()
+        t = tensor(node)
+        if node.op == "placeholder" or (t is not None and t.is_floating_point() and t.numel() <= most):
+            found.setdefault(node)
+        else:
+            stack.extend(reversed(node.all_input_nodes))
+    return tuple(found)
+
+
+def _placeholder(source: Node) -> Node:
+    """The parameter that a source is a view of."""
+    while source.op != "placeholder" and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return source
 
 
 def _roots(use: Node, derived: set[Node]) -> list[Node]:
@@ -120,21 +153,30 @@ class _Reading:
 
     def text(self, node: Node) -> str:
         if node in self.weights:
-            t = fake(node)
-            return f"p{self.sources.setdefault(node, len(self.sources))}:{list(t.shape)}:{t.dtype}"
+            return self.source(node)
         if node not in self._texts:
             self._texts[node] = self._call(node)
         return self._texts[node]
 
+    def source(self, node: Node) -> str:
+        t = fake(node)
+        return f"p{self.sources.setdefault(node, len(self.sources))}:{list(t.shape)}:{t.dtype}"
+
     def _call(self, node: Node) -> str:
-        first = node.args[0] if node.args else None
-        picks = node.target in (operator.getitem, "select") and first in self.weights
-        if picks and node.target is operator.getitem and isinstance(node.args[1], int):
-            self.picks.add(node.args[1])
-            return f"{self.text(first)}[e]"  # type: ignore[arg-type]
+        if node.target is held:  # what it is made of are its sources, whatever makes them
+            self.computes = True
+            parts = [self.text(part) if self._picks(part) else self.source(part) for part in node.all_input_nodes]
+            return f"held({','.join(parts)};{node.args[2:]})"
+        if self._picks(node):
+            self.picks.add(node.args[1])  # type: ignore[arg-type]
+            return f"{self.text(node.args[0])}[e]"  # type: ignore[arg-type]
         if target_name(node) not in _SAME_MATRIX | GATHERS and tensors(node):
             self.computes = True
         return f"{identity(node)}({self._args(node.args)};{self._args(node.kwargs)})"
+
+    def _picks(self, node: Node) -> bool:
+        """Whether it is one expert's part of a stacked parameter."""
+        return node.target is operator.getitem and node.args[0] in self.weights and isinstance(node.args[1], int)
 
     def _args(self, tree: object) -> str:
         if isinstance(tree, Node):

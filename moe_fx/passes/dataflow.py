@@ -190,17 +190,22 @@ class Dataflow:
         return found
 
     def derived(self, weights: set[Node]) -> set[Node]:
-        """Nodes computed from ``weights`` (and constants) alone, without a write."""
+        """Nodes computed from ``weights`` (and constants) alone, without a write but to what nothing else reads."""
         found: set[Node] = set()
         constants: set[Node] = set()  # tables and the like: made of numbers in the code
         for node in self.nodes:
             sources = [p for p in self.preds[node] if tensors(p)]
-            pure = node.op != "output" and not self.writes[node]
+            pure = node.op != "output" and all(self._own(node, written) for written in self.writes[node])
             if pure and sources and all(p in weights or p in found or p in constants for p in sources):
                 (constants if all(p in constants for p in sources) else found).add(node)
             elif pure and not self.preds[node] and node.op == "call_function" and not self.is_random(node):
                 constants.add(node)
         return found
+
+    def _own(self, writer: Node, written: Node) -> bool:
+        """Whether nobody but ``writer`` ever reads what stood there before it."""
+        before = [n for n in self.nodes[: self.position[writer]] if self.storages[n] & self.storages[written]]
+        return all(n.op.startswith("call") and len(n.users) == 1 for n in before)
 
     def users(self, node: Node) -> list[Node]:
         """Live readers."""
@@ -241,6 +246,8 @@ def _written(node: Node) -> list[Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     name = target_name(node)
+    if name == "set_" and isinstance(node.args[0], Node) and list(node.args[0].users) == [node]:
+        return []  # another memory for a tensor that nothing else reads (``module.weight.data = codes``)
     written: list[object] = [node.kwargs.get("out")]
     if node.target in _INPLACE_OPERATORS or name == "__setitem__":
         written.append(node.args[0])

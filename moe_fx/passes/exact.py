@@ -158,7 +158,7 @@ def _rows(t: Tensor) -> Tensor:
     return t.detach().reshape(-1, t.shape[-1]).clone()
 
 
-def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: object) -> Tensor:
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: object) -> Tensor:
     """a [S, K], b [E, K, N], offs [E] inclusive ends → [S, N], as products that autograd knows in every dtype."""
     if offs is None:
         return a @ b
@@ -196,7 +196,7 @@ class _Runner(Interpreter):
             return super().call_function(target, args, kwargs)
         watch, self.mode.watch = self.mode.watch, None
         try:
-            out = _grouped_mm(*args, **kwargs)
+            out = grouped_mm(*args, **kwargs)
         finally:
             self.mode.watch = watch
         if watch is not None:

@@ -21,6 +21,7 @@ from moe_fx.passes.banks import Bank, find_banks, partners
 from moe_fx.passes.computed import Computed, find_computed
 from moe_fx.passes.dataflow import Dataflow, fake, target_name, tensor, tensors, value
 from moe_fx.passes.effects import effects
+from moe_fx.passes.readings import rounded
 from moe_fx.passes.regions import Region, numel, same
 from moe_fx.passes.routes import CASTS, FILLS, SPREADS, Routes, keeps_nothing
 from moe_fx.reasons import Reject
@@ -220,10 +221,10 @@ class _Finder:
 
     @staticmethod
     def _spreads(node: Node, source: Node, ids: Node) -> bool:
-        """Whether ``node`` only rearranges ``source``, or picks slots of the routing weights (``w[:, k]``)."""
+        """Whether ``node`` rearranges or rounds ``source``, or picks slots of the routing weights (``w[:, k]``)."""
         if tensor(node) is None or tensor(source) is None:
             return False
-        if target_name(node) in SPREADS:
+        if target_name(node) in SPREADS or node.target is rounded:
             return True
         return target_name(node) in ("getitem", "__getitem__", "select") and (
             same(numel(node), numel(source)) or same(numel(source), numel(ids))

@@ -17,14 +17,18 @@ from torch.fx import Graph, GraphModule, Node
 
 from moe_fx.binding import MATRICES, Operand, WeightBinding
 from moe_fx.passes.codes import Part, Recipe, as_quantised, candidates, draw
-from moe_fx.passes.computed import Computed
+from moe_fx.passes.computed import Computed, from_scales
 from moe_fx.passes.dataflow import fake
 from moe_fx.passes.exact import run_exact
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal
+from moe_fx.passes.products import input_keys
+from moe_fx.passes.readings import held
+from moe_fx.passes.regions import Region
 from moe_fx.passes.rewrite import insert_call
 from moe_fx.passes.wrapped import Inside, inside_of, is_wrapped
 from moe_fx.quant import GroupShape, QuantSpec
+from moe_fx.reasons import Reject
 from moe_fx.reference.quantise import dequantise
 
 _MOST = 1 << 25  # elements of one matrix, or of a bank, that are computed as a sample
@@ -40,9 +44,34 @@ class _Held:
     part: Callable[[int], list[Node]]
 
 
-def over_codes(graph: Graph, proposal: Proposal, found: dict[tuple[Node, ...], Computed]) -> Proposal | None:
+def forms(
+    graph: Graph, region: Region, proposal: Proposal, found: dict[tuple[Node, ...], Computed]
+) -> list[Proposal] | Reject:
+    """How the op can read the block's weights, the best first: over the codes they are made of, as what the graph makes
+    of them.  A Reject where neither can be."""
+    wrapped = any(is_wrapped(node) for node in proposal.operands)
+    keys = input_keys(region)
+    if not wrapped and keys == ("", "") and not any(b.params in found for b in (*region.ups, region.down)):
+        return [proposal]
+    over = None if region.training or keys is None else over_codes(graph, proposal, found, keys)
+    codes = [] if over is None else [over]
+    first = proposal.operands[0]
+    if keys != ("", "") or any(node.target is held for node in proposal.operands):
+        text = "gradients through" if region.training else "no known scheme is the same for all"
+        return codes or Reject("match.weights", f"{text} products with codes", first.name)
+    plain = unwrapped(graph, proposal)
+    if plain is None and not codes:
+        text = f"a {type(fake(first)).__name__} multiplies otherwise than what it stands for"
+        return Reject("match.weights", text, first.name)
+    return codes if plain is None else [*codes, plain]
+
+
+def over_codes(
+    graph: Graph, proposal: Proposal, found: dict[tuple[Node, ...], Computed], inputs: tuple[str, str] = ("", "")
+) -> Proposal | None:
     """The proposal over codes, with what views of them it needs put into the graph after its inputs; None where not all
-    matrices are made of codes by a known scheme, the two of an up projection by the same."""
+    matrices are made of codes by a known scheme, the two of an up projection by the same.  inputs: keys of the inputs
+    of the up and the down products, where they are rounded."""
     experts = proposal.spec.expert.experts
     position, keys = 0, dict[str, str]()
     operands: list[tuple[Operand, list[Node]]] = []
@@ -71,7 +100,7 @@ def over_codes(graph: Graph, proposal: Proposal, found: dict[tuple[Node, ...], C
         return None
     both = [*operands, *extra]
     return Proposal(
-        replace(proposal.spec, quant=QuantSpec(w13=ups.pop(), w2=keys["w2"])),
+        replace(proposal.spec, quant=QuantSpec(ups.pop(), keys["w2"], *inputs)),
         WeightBinding(tuple(operand for operand, _ in both)),
         tuple(node for _, nodes in both for node in nodes),
     )
@@ -93,9 +122,12 @@ def unwrapped(graph: Graph, proposal: Proposal) -> Proposal | None:
 
 def _held(graph: Graph, nodes: tuple[Node, ...], found: dict[tuple[Node, ...], Computed]) -> _Held | None:
     if (computed := found.get(nodes)) is not None:
-        recipe, sources = recipe_of(computed), computed.sources
+        recipe = recipe_of(computed)
+        if recipe is None and (apart := from_scales(computed)) is not None:
+            computed, recipe = apart, recipe_of(apart)
         if recipe is None:
             return None
+        sources = computed.sources
         stacked = len(nodes) == 1 or computed.picked
         return _Held(recipe, stacked, lambda at: [each[at] for each in (sources[:1] if stacked else sources)])
     insides = [inside_of(node) if is_wrapped(node) else None for node in nodes]

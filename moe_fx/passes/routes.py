@@ -16,6 +16,7 @@ from torch.fx import Node
 from moe_fx.passes.banks import GATHERS, PRODUCTS
 from moe_fx.passes.dataflow import Dataflow, fake, is_integer, target_name, tensor, tensors
 from moe_fx.passes.id_range import RESHAPES
+from moe_fx.passes.readings import rounded
 from moe_fx.passes.regions import Region, numel, same
 
 SPREADS = RESHAPES | {"expand", "repeat", "repeat_interleave", "expand_as", "transpose", "permute", "t", "unflatten"}
@@ -90,7 +91,7 @@ class Routes:
             seen.add(node)
             if node in flow.integers:
                 found.append(node)
-            elif node in self.views or target_name(node) in SPREADS | CASTS:
+            elif node in self.views or target_name(node) in SPREADS | CASTS or node.target is rounded:
                 stack += node.all_input_nodes
             elif node not in self.uses:
                 indices = [p for p in node.all_input_nodes if p in flow.integers]

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moe_fx.binding import Matrices, Quantised
 from moe_fx.quant import MAX_OF, ZERO_OF, GroupShape, QuantKey
-from moe_fx.reference.formats import FLOATS, decode, encode, pack, power_of_two, unpack
+from moe_fx.reference.formats import CODED, decode, encode, pack, power_of_two, unpack
 
 
 class Scales(NamedTuple):
@@ -113,7 +113,7 @@ def matrix(matrices: Matrices, e: int, dtype: torch.dtype) -> Tensor:
 
 def scales_of(matrix: Tensor, key: QuantKey, global_scale: Tensor | None = None) -> Scales:
     """The scales that the values of a matrix [..., rows, cols] ask for; see the module's text."""
-    if key.zero_points and key.dtype in FLOATS:
+    if key.zero_points and key.dtype in CODED:
         raise ValueError(f"{key}: only integers have zero points")
     wide = matrix.to(torch.float64)
     if not key.zero_points:
@@ -148,7 +148,7 @@ def _scale(largest: Tensor, limit: float, name: str) -> Tensor:
     info = torch.finfo(dtype)
     step = (largest / limit).clamp(info.smallest_normal * info.eps, info.max).masked_fill(largest == 0, 1)
     step = step.masked_fill(~largest.isfinite(), torch.nan)
-    return encode(step, name) if name in FLOATS else step.to(torch.float32).to(dtype)
+    return encode(step, name) if name in CODED else step.to(torch.float32).to(dtype)
 
 
 def _ends(key: QuantKey) -> tuple[int, int]:
@@ -163,7 +163,7 @@ def _encode(matrix: Tensor, key: QuantKey, scales: Scales) -> Tensor:
     if scales.global_scale is not None:
         scale = scale * scales.global_scale.double()[..., None, None]
     steps = matrix.to(torch.float64) / _spread(scale, key, matrix.shape)
-    if key.dtype in FLOATS:
+    if key.dtype in CODED:
         return encode(steps, key.dtype)
     codes = steps.round().nan_to_num() + _zeros(key, scales, matrix.shape, torch.float64)
     return codes.clamp(*_ends(key)).to(torch.uint8 if key.dtype in ZERO_OF else torch.int8)
@@ -175,7 +175,7 @@ def _decode(codes: Tensor, key: QuantKey, scales: Scales, dtype: torch.dtype) ->
     scale = scales.scale.to(wide)
     if scales.global_scale is not None:
         scale = scales.global_scale.to(wide)[..., None, None] * scale
-    if key.dtype in FLOATS:
+    if key.dtype in CODED:
         numbers = decode(codes, key.dtype, wide)
     else:
         numbers = codes.to(wide) - _zeros(key, scales, codes.shape, wide)

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_fx
 from moe_fx.backend import moe_fx as function
+from moe_fx.lowerings.dispatch import Dispatch
+from moe_fx.ops import Call
 from moe_fx.report import Report
 
 INSTALLED = any(e.name == "moe_fx" for e in entry_points(group="torch_dynamo_backends"))
@@ -131,3 +136,43 @@ def assert_close(actual: Tensor, expected: Tensor, bound: float = 1e-5, what: st
 def twin(model: nn.Module) -> nn.Module:
     """A copy that shares nothing."""
     return copy.deepcopy(model)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a floating tensor that any op makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float64) and t._base is None:
+                self.most = max(self.most, t.numel())
+        return out
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> Largest:
+    """Sees every op of the graphs that are compiled from now on, and every op inside the fused ones, when they run."""
+    seen, forward, running = Largest(), Dispatch.forward, False
+
+    def inner(gm: Any, *_: object) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal running
+            running = True
+            try:
+                with seen:
+                    return gm(*args)
+            finally:
+                running = False
+
+        return run
+
+    def inside(self: Dispatch, call: Call) -> Tensor:
+        with seen if running else nullcontext():
+            return forward(self, call)
+
+    monkeypatch.setattr("moe_fx.backend.compile_inner", inner)
+    monkeypatch.setattr(Dispatch, "forward", inside)
+    return seen

@@ -53,6 +53,32 @@ def mxfp4(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype)
     return torch.ldexp(apart, (scale.int() - 127).unsqueeze(-1)).flatten(-2)
 
 
+NF4 = (  # QLoRA, arXiv 2305.14314, appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4_BNB = tuple(n / 12 for n in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
+
+
+def by_book(numbers: tuple[float, ...], codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """A table of values, the first code in the upper half of a byte, and the largest magnitude of each block."""
+    table = torch.tensor(numbers, dtype=torch.float32)
+    whole = table[torch.stack([codes >> 4, codes & 15], -1).flatten(-2).long()].to(dtype)
+    return (whole.unflatten(-1, (absmax.shape[-1], -1)) * absmax.to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def nf4(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return by_book(NF4, codes, scale, dtype)
+
+
+def fp4_bnb(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return by_book(FP4_BNB, codes, scale, dtype)
+
+
+SHRUNK = {"fp8": 8, "int8": 500, "int4": 40, "mxfp4": 1, "nf4": 4, "fp4_bnb": 4}  # so that results are about 1
+
+
 class Bank(nn.Module):
     """Codes of E matrices [out, in] with their scales.  kind: of the codes.  group: (rows, cols) of a scale."""
 
@@ -69,7 +95,7 @@ class Bank(nn.Module):
             codes = torch.randint(-127, 128, (E, out, inner), generator=draw, dtype=torch.int8)
         else:
             codes = torch.randint(0, 256, (E, out, inner // 2), generator=draw, dtype=torch.uint8)
-        scale = (torch.rand(sizes, generator=draw) + 0.5) / {"fp8": 8, "int8": 500, "int4": 40, "mxfp4": 1}[kind]
+        scale = (torch.rand(sizes, generator=draw) + 0.5) / SHRUNK[kind]
         if kind == "mxfp4":
             scale = torch.randint(122, 126, sizes, generator=draw, dtype=torch.uint8)
         self.register_buffer("codes", codes)
@@ -187,6 +213,11 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "int4, bfloat16": lambda: Block(nibbles, "int4", (1, 32), zeros=True, dtype=torch.bfloat16),
     "mxfp4": lambda: Block(mxfp4, "mxfp4", (1, 32)),
     "mxfp4, whole bank": lambda: Block(mxfp4, "mxfp4", (1, 32), how="whole"),
+    "nf4": lambda: Block(nf4, "nf4", (1, 16)),
+    "nf4, whole bank": lambda: Block(nf4, "nf4", (1, 32), how="whole"),
+    "nf4, bfloat16": lambda: Block(nf4, "nf4", (1, 32), dtype=torch.bfloat16),
+    "fp4_bnb": lambda: Block(fp4_bnb, "fp4_bnb", (1, 16)),
+    "modules, nf4": lambda: ListBlock(nf4, "nf4", (1, 16)),
     "modules, int8": lambda: ListBlock(fp8, "int8", (1, -1)),
     "modules, int4": lambda: ListBlock(nibbles, "int4", (1, 16)),
     "modules, fp8 blocks": lambda: ListBlock(blocks, "fp8", (16, 16)),

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .helpers import Block, twin
+from .quantised import NF4
 
 H, I, E, K = 256, 128, 4, 2  # noqa: E741  more than one group in every direction, of every scheme
 SIZES = ((2 * I, H), (H, I))  # of w13 and w2
-LARGEST = {"e4m3": 448.0, "int8": 127.0, "int4": 7.0, "e2m1": 6.0}
+LARGEST = {"e4m3": 448.0, "int8": 127.0, "int4": 7.0, "e2m1": 6.0, "nf4": 1.0}
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 
 
@@ -44,6 +45,7 @@ INDEPENDENT = {
     "mxfp8": Scheme("e4m3", (1, 32), "power", (1, 32)),
     "mxfp4": Scheme("e2m1", (1, 32), "power", (1, 32)),
     "nvfp4": Scheme("e2m1", (1, 16), "two", (1, 16)),
+    "nf4_w4a16": Scheme("nf4", (1, 64), "float32"),
 }
 BYTES = {"float32": 4, "bfloat16": 2, "power": 1, "two": 1}  # of one scale
 
@@ -55,6 +57,9 @@ def nearest(v: Tensor, element: str) -> Tensor:
             return ((v / unit).round() * unit).clamp(-448, 448)
         case "int8" | "int4":
             return v.round().clamp(-LARGEST[element], LARGEST[element])
+        case "nf4":
+            book = torch.tensor(NF4, dtype=v.dtype)
+            return book[(v[..., None] - book).abs().argmin(-1)]
         case _:
             distance = (v.abs()[..., None] - E2M1.to(v.dtype)).abs() + 1e-12 * (torch.arange(8) % 2)  # of two the even
             return E2M1.to(v.dtype)[distance.argmin(-1)].copysign(v)
@@ -63,7 +68,7 @@ def nearest(v: Tensor, element: str) -> Tensor:
 def by_hand(m: Tensor, element: str, group: tuple[int, int], scale: str) -> Tensor:
     """The matrix [rows, cols] after rounding."""
     (rows, cols), largest = m.shape, LARGEST[element]
-    r, c = group[0] or rows, group[1] or cols
+    r, c = group[0] or rows, min(group[1] or cols, cols)
     parts = m.view(rows // r, r, cols // c, c)
     top = parts.abs().amax((1, 3), keepdim=True)
     match scale:

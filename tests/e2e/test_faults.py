@@ -53,7 +53,7 @@ STAGES = [
     Fault("match", backend, "fingerprint"),
     Fault("match", backend, "Sampler"),
     Fault("match", backend, "propose"),
-    Fault("match", backend, "is_wrapped"),
+    Fault("match", backend, "forms"),
     Fault("plan", planning, "_device"),
     Fault("plan", planning, "choose"),
     Fault("verify", backend, "verify"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moe_fx
+
+from .helpers import watched
 
 H, I, E, K = 128, 64, 4, 2  # noqa: E741
 
@@ -69,6 +73,73 @@ def test_torchao_weight_only(config: str, key: str, inner: str) -> None:
     site = _run(_torchao(config), inner)
     assert site.fused, site.rejects
     assert site.spec.quant.w13 == site.spec.quant.w2 == key
+
+
+def _replaced(make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """The block with its experts' Linears replaced."""
+    torch.manual_seed(0)
+    model = Block().to(torch.bfloat16).eval()
+    for expert in model.experts:
+        for name, linear in list(expert.named_children()):
+            setattr(expert, name, make(linear))
+    return model
+
+
+def _eight_bits(linear: nn.Linear) -> nn.Module:
+    library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: `make peers` runs this")
+    made = library.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
+    made.weight = library.nn.Int8Params(linear.weight.data.clone(), requires_grad=False)
+    return made.to("cpu")
+
+
+def _four_bits(linear: nn.Linear, kind: str, nested: bool) -> nn.Module:
+    library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: `make peers` runs this")
+    sizes = linear.in_features, linear.out_features
+    made = library.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type=kind)
+    made.weight = library.nn.Params4bit(
+        linear.weight.data.clone(), requires_grad=False, quant_type=kind, compress_statistics=nested
+    )
+    return made.to("cpu")
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("form", ["int8", "nf4", "fp4", "nf4, nested"])
+def test_bitsandbytes(form: str, inner: str) -> None:
+    kind, _, nested = form.partition(", ")
+    make = _eight_bits if kind == "int8" else partial(_four_bits, kind=kind, nested=bool(nested))
+    model = _replaced(make)
+    with torch.no_grad():
+        model(torch.randn(64, H, dtype=torch.bfloat16))  # every expert has made its state
+    site = _run(model, inner)
+    assert site.fused, site.rejects
+    assert (
+        site.spec.quant.w13
+        == {
+            "int8": "int8:1x-1:float32",
+            "nf4": "nf4:1x64:float32",
+            "fp4": "fp4_bnb:1x64:float32",
+        }[kind]
+    )
+
+
+def test_bitsandbytes_runs_on_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest floating tensor that any op makes is one expert's matrix; the scales of nested ones are small."""
+    model = _replaced(partial(_four_bits, kind="nf4", nested=True))
+    seen = watched(monkeypatch)
+    _run(model, "eager", (9,))
+    assert seen.most == H * I  # gate and up are apart
+
+
+def test_a_gradient_through_bitsandbytes_is_left_to_the_library() -> None:
+    model = _replaced(partial(_four_bits, kind="nf4", nested=False))
+    torch._dynamo.reset()
+    moe_fx.reset()
+    x = torch.randn(9, H, dtype=torch.bfloat16, requires_grad=True)
+    torch.compile(model, backend="moe_fx", options={"inner_backend": "eager"})(x).float().sum().backward()
+    own, x.grad = x.grad, None
+    model(x).float().sum().backward()
+    assert (own - x.grad).norm() <= 0.02 * x.grad.norm()
+    assert not any(site.fused for site in moe_fx.last_report().sites)
 
 
 def test_torchao_that_quantises_activations_is_no_matrix() -> None:

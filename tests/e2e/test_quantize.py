@@ -141,7 +141,7 @@ STORAGE: dict[str, tuple[Callable[..., nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["fp8_w8a16", "int4_w4a16", "mxfp4_w4a16"])
+@pytest.mark.parametrize("name", ["fp8_w8a16", "int4_w4a16", "mxfp4_w4a16", "nf4_w4a16"])
 @pytest.mark.parametrize("storage", STORAGE)
 @torch.no_grad()
 def test_every_storage(storage: str, name: str) -> None:

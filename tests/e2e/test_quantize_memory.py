@@ -28,7 +28,7 @@ def test_bytes_are_those_of_the_store(name: str) -> None:
     model, scheme = Stack(lambda: Block(E, H, I, K), hidden=H), INDEPENDENT[name]
     compiled(model, quantize=name)(tokens(2, hidden=H))
     before = E * 3 * H * I * 4
-    elements = E * 3 * H * I // (2 if scheme.element in ("int4", "e2m1") else 1)
+    elements = E * 3 * H * I // (2 if scheme.element in ("int4", "e2m1", "nf4") else 1)
     scales = sum(rows // (scheme.group[0] or rows) * (cols // (scheme.group[1] or cols)) for rows, cols in SIZES)
     after = elements + E * (scales * BYTES[scheme.scale] + (2 * 4 if scheme.scale == "two" else 0))
     assert [(q.scheme, q.before, q.after) for q in (s.quantised for s in all_fused(2).sites)] == [

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_fx import quant
 from moe_fx.binding import Experts, InputScales, Matrices, Quantised
 from moe_fx.kernels.capability import RowSchemes
-from moe_fx.quant import QuantKey, QuantSpec, int_group
+from moe_fx.quant import GroupShape, QuantKey, QuantSpec, int_group
 from moe_fx.reference.quantise import quantise
 from moe_fx.spec import CombineSpec, ExpertSpec, MoESpec
 from tests.reference.number_formats import by_hand, values_of
@@ -36,12 +36,13 @@ WEIGHTS = {
     name: getattr(quant, name)
     for name in (
         "FP8_TENSOR", "FP8_CHANNEL", "FP8_BLOCK", "INT8_CHANNEL", "INT8_TENSOR", "MXFP8", "MXFP4", "MXFP6_E3M2",
-        "MXFP6_E2M3", "NVFP4",
+        "MXFP6_E2M3", "NVFP4", "NF4", "FP4_BNB",
     )
 } | {
     "INT4_32": int_group(4, 32), "INT4_32_ZERO": int_group(4, 32, zero_points=True),
     "INT4_CHANNEL": int_group(4, -1, scale="float16"), "INT4_128_ZERO": int_group(4, 128, True, "float32"),
     "INT8_32": int_group(8, 32), "INT8_CHANNEL_ZERO": int_group(8, -1, zero_points=True),
+    "NF4_32_BF16": QuantKey("nf4", GroupShape(1, 32), "bfloat16"),
 }  # fmt: skip
 PARTNERS = {  # weights → what their activations are rounded to
     "FP8_TENSOR": ("FP8_TENSOR", "FP8_DYNAMIC", "FP8_TOKEN"),

@@ -38,6 +38,8 @@ GROUPS = {
     "INT4_128_ZERO": int_group(4, 128, zero_points=True),
     "INT8_32": int_group(8, 32),
     "INT8_64_ZERO_F32": int_group(8, 64, zero_points=True, scale="float32"),
+    "NF4_128_BF16": QuantKey("nf4", GroupShape(1, 128), "bfloat16"),
+    "FP4_BNB_32_F16": QuantKey("fp4_bnb", GroupShape(1, 32), "float16"),
 }
 
 
@@ -74,7 +76,7 @@ def test_a_named_key_survives_its_descriptor(name: str) -> None:
 
 @pytest.mark.parametrize("form", ["stacked", "list"])
 @pytest.mark.parametrize("name", GROUPS)
-def test_integers_in_groups_survive_with_their_tensors(name: str, form: str) -> None:
+def test_groups_survive_with_their_tensors(name: str, form: str) -> None:
     """Zero points and the dtype of scales are said by the tensors."""
     key = GROUPS[name]
     q = quantise(torch.randn(3, 4, 256), key)

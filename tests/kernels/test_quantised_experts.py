@@ -287,7 +287,7 @@ def tensors_of(q: Matrices) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["INT4_32_ZERO", "MXFP4", "MXFP6_E2M3", "FP8_BLOCK", "INT8_CHANNEL-INT8_TOKEN"])
+@pytest.mark.parametrize("name", ["INT4_32_ZERO", "MXFP4", "MXFP6_E2M3", "FP8_BLOCK", "NF4", "INT8_CHANNEL-INT8_TOKEN"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_bank_never_exists_whole(loop: str, name: str, form: str) -> None:
     """All experts have tokens, and only one is floats at a time."""
@@ -320,7 +320,9 @@ def test_the_bank_never_exists_whole(loop: str, name: str, form: str) -> None:
 
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 @pytest.mark.parametrize("tokens", [T, 300])
-@pytest.mark.parametrize("name", ["INT4_32_ZERO", "MXFP4", "FP8_BLOCK-FP8_GROUP", "INT8_CHANNEL-INT8_TENSOR", *SHARED])
+@pytest.mark.parametrize(
+    "name", ["INT4_32_ZERO", "MXFP4", "NF4", "FP8_BLOCK-FP8_GROUP", "INT8_CHANNEL-INT8_TENSOR", *SHARED]
+)
 def test_backward_through_frozen_codes(name: str, tokens: int, weight_on: Literal["output", "input"]) -> None:
     """dx and dweights are those of autograd through the sum, rounding the identity."""
     case = Case(SCHEMES[name], weight_on=weight_on)

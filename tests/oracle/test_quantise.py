@@ -53,6 +53,7 @@ BYTES = {
     "mxfp8": WEIGHTS + WEIGHTS // 32,
     "mxfp4": WEIGHTS // 2 + WEIGHTS // 32,
     "nvfp4": WEIGHTS // 2 + WEIGHTS // 16 + 4 * 2,
+    "nf4_w4a16": WEIGHTS // 2 + 4 * (WEIGHTS // 64),
 }
 
 

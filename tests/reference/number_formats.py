@@ -31,7 +31,13 @@ INTEGERS: dict[str, QuantKey] = {
     "INT8_BLOCK_3x5": QuantKey("int8", GroupShape(3, 5)),
     "INT8_DYNAMIC_ZERO": QuantKey("int8", GroupShape(1, -1), static=False, zero_points=True),
 }
-KEYS = NAMED | INTEGERS
+BY_BOOK: dict[str, QuantKey] = {
+    "NF4_CHANNEL_BF16": QuantKey("nf4", GroupShape(1, -1), "bfloat16"),
+    "NF4_BLOCK_F16": QuantKey("nf4", GroupShape(3, 8), "float16"),
+    "FP4_BNB_32_E8M0": QuantKey("fp4_bnb", GroupShape(1, 32), "float8_e8m0fnu"),
+    "FP4_BNB_DYNAMIC": QuantKey("fp4_bnb", GroupShape(-1, -1), static=False),
+}
+KEYS = NAMED | INTEGERS | BY_BOOK
 
 # from the tables of MX 1.0, section 5.3: the numbers of the codes 0, 1, 2, … without a sign
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -42,12 +48,22 @@ E3M2 += [2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28]
 E4M3 = [i / 512 for i in range(8)] + [(8 + i) / 8 * 2.0**e for e in range(-6, 9) for i in range(8)][:-1]
 TABLES = {"float8_e4m3fn": E4M3, "float4_e2m1": E2M1, "float6_e3m2": E3M2, "float6_e2m3": E2M3}
 
+# the numbers of all codes.  nf4: QLoRA (arXiv 2305.14314), appendix E, where float32 numbers stand in full.  fp4_bnb:
+# what bitsandbytes 0.50.2 dequantises the sixteen codes to under a scale of 1, in twelfths, which it keeps in float32
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+FP4_BNB = [float(np.float32(n / 12)) for n in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)]
+BOOKS = {"nf4": NF4, "fp4_bnb": FP4_BNB}
+
 
 def numbers(key: QuantKey, zero: int = 0) -> dict[int, float]:
     """Code → what it stands for before the scale, for all codes that ``quantise`` may give."""
     if key.dtype in TABLES:
         table, sign = TABLES[key.dtype], {8: 128, 4: 8, 6: 32}[key.bits]
         return dict(enumerate(table)) | {c + sign: -v for c, v in enumerate(table)}
+    if key.dtype in BOOKS:
+        return {BOOKS[key.dtype].index(v): v for v in BOOKS[key.dtype]}  # the first of two zeros
     if key.zero_points:
         return {c: float(c - zero) for c in (range(16) if key.dtype == "int4" else range(-128, 128))}
     middle = 8 if key.dtype == "int4" else 0
@@ -96,7 +112,7 @@ def nearest(steps: np.ndarray, key: QuantKey, zero: int = 0) -> np.ndarray:
     inside = np.clip(steps, min(values.values()), max(values.values()))  # far out, distances would look alike
     gaps = np.abs(inside[..., None] - np.array([values[c] for c in codes]))
     near = gaps == gaps.min(-1, keepdims=True)
-    odd = np.array([c % 2 if key.dtype in TABLES else values[c] % 2 for c in codes])
+    odd = np.array([c % 2 if key.dtype in TABLES | BOOKS else values[c] % 2 for c in codes])
     found = np.array(codes)[np.where(near, odd, 2).argmin(-1)]
     zeros = [c for c in codes if values[c] == 0]
     return np.where(np.isin(found, zeros), np.where(np.signbit(steps), max(zeros), min(zeros)), found)
@@ -117,6 +133,7 @@ def by_hand(matrix: np.ndarray, key: QuantKey, scale: float | None = None, globa
     """matrix [rows, cols] float64, finite; scale: given, one for all of it."""
     rows, cols = matrix.shape
     limit = {"float8_e4m3fn": 448, "float4_e2m1": 6, "float6_e3m2": 28, "float6_e2m3": 7.5, "int8": 127, "int4": 7}
+    limit |= {"nf4": 1, "fp4_bnb": 1}
     whole = 1.0
     if key.global_scale:
         whole = group_scale(float(np.abs(matrix).max()), 448 * 6, "float32") if global_scale is None else global_scale
@@ -144,14 +161,16 @@ def by_hand(matrix: np.ndarray, key: QuantKey, scale: float | None = None, globa
 
 
 def codes_of(q: Quantised) -> np.ndarray:
-    """The codes in the bytes of one matrix: a row is one long number, lowest bits first."""
+    """The codes in the bytes of one matrix: a row is one long number, lowest bits first, those of a book highest."""
     assert isinstance(q.codes, Tensor)
     if q.codes.dtype == torch.int8:
         return q.codes.numpy().astype(int)
     raw, bits = q.codes.view(torch.uint8).numpy(), q.key.bits
     count = raw.shape[1] * 8 // bits
-    longs = [int.from_bytes(row.tobytes(), "little") for row in raw]
-    return np.array([[(n >> (bits * i)) % 2**bits for i in range(count)] for n in longs]).reshape(len(raw), count)
+    first = "big" if q.key.dtype in BOOKS else "little"
+    longs = [int.from_bytes(row.tobytes(), first) for row in raw]
+    places = range(count)[::-1] if q.key.dtype in BOOKS else range(count)
+    return np.array([[(n >> (bits * i)) % 2**bits for i in places] for n in longs]).reshape(len(raw), count)
 
 
 def values_of(q: Quantised) -> np.ndarray:

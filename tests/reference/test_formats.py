@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,22 +13,25 @@ from torch import Tensor
 
 from moe_fx.quant import (
     BITS_OF,
+    FP4_BNB,
     FP8_CHANNEL,
     INT8_CHANNEL,
     MAX_OF,
     MXFP4,
     MXFP6_E2M3,
     MXFP8,
+    NF4,
     NVFP4,
+    GroupShape,
     QuantKey,
     int_group,
 )
 from moe_fx.reference import formats
 from moe_fx.reference import quantise as module
-from moe_fx.reference.formats import FLOATS, decode, encode, pack, power_of_two, unpack
+from moe_fx.reference.formats import CODEBOOKS, FLOATS, decode, encode, pack, power_of_two, unpack
 from moe_fx.reference.quantise import Scales, dequantise, quantise
 
-from .number_formats import TABLES, by_hand, codes_of
+from .number_formats import BOOKS, TABLES, by_hand, codes_of
 
 DOUBLE = torch.float64
 SMALL = [name for name in FLOATS if BITS_OF[name] < 8]
@@ -89,11 +93,76 @@ def test_rounding_and_saturation(name: str, value: float, expected: float) -> No
     assert float(decode(encode(torch.tensor(value, dtype=DOUBLE), name), name, DOUBLE)) == expected
 
 
+# --- codebooks
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_numbers_are_those_of_the_source(name: str) -> None:
+    assert set(CODEBOOKS) == set(BOOKS)
+    assert decode(torch.arange(16, dtype=torch.uint8), name, DOUBLE).tolist() == BOOKS[name]
+    assert max(map(abs, BOOKS[name])) == MAX_OF[name]
+
+
+def test_nf4_is_made_of_quantiles() -> None:
+    """From the middle of a normal distribution to the outermost quantile seven steps down and eight up, scaled to 1."""
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    made = [[NormalDist().inv_cdf(0.5 + (outermost - 0.5) * i / n) for i in range(n + 1)] for n in (7, 8)]
+    below, above = ([q / side[-1] for q in side] for side in made)
+    expected = [*(-q for q in below[:0:-1]), *above]
+    np.testing.assert_allclose(decode(torch.arange(16, dtype=torch.uint8), "nf4", DOUBLE), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BOOKS)
+def test_every_code_of_a_book_comes_back(name: str, dtype: torch.dtype) -> None:
+    """But the second zero of fp4_bnb."""
+    codes = torch.arange(16, dtype=torch.uint8)
+    numbers = decode(codes, name, dtype)
+    assert numbers.dtype == dtype
+    assert torch.equal(numbers, torch.tensor(BOOKS[name], dtype=dtype))
+    expected = [0 if (name, c) == ("fp4_bnb", 8) else c for c in range(16)]
+    assert encode(numbers, name).tolist() == expected
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_codes_of_a_book_are_the_nearest(name: str) -> None:
+    """By trying all, on a dense grid that goes beyond both ends; of two as near, in the middles, the even code."""
+    grid = np.concatenate([np.linspace(-1.25, 1.25, 40_001), 10 * np.linspace(-1.0, 1.0, 21)])
+    book = np.array(BOOKS[name])
+    codes = encode(torch.from_numpy(grid), name)
+    assert codes.dtype == torch.uint8
+    np.testing.assert_array_equal(abs(grid - book[codes]), abs(grid[:, None] - book).min(-1))
+    ends = np.unique(book)
+    middles = (ends[1:] + ends[:-1]) / 2  # exact: the numbers are float32
+    for at, low, high in zip(middles, ends, ends[1:], strict=False):
+        between = encode(torch.tensor([np.nextafter(at, -2), at, np.nextafter(at, 2)]), name)
+        pair = [BOOKS[name].index(low), BOOKS[name].index(high)]
+        assert between.tolist() == [pair[0], next(c for c in pair if c % 2 == 0), pair[1]]
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_no_numbers_and_zeros_in_a_book(name: str) -> None:
+    zero = {"nf4": 7, "fp4_bnb": 0}[name]
+    codes = encode(torch.tensor([torch.nan, -0.0, 0.0, torch.inf, -torch.inf]), name)
+    assert codes.tolist() == [zero] * 3 + [BOOKS[name].index(1), BOOKS[name].index(-1)]
+
+
+def test_books_are_scaled_by_the_largest() -> None:
+    """Codes and bytes by hand: -½ and ½ are nearest to 2 and 12 in nf4, are 13 and 5 in fp4_bnb; the first is high."""
+    w = torch.tensor([[3.0, -1.5, 1.5, 0.0]])
+    for key, expected in ((NF4, [0xF2, 0xC7]), (FP4_BNB, [0x3D, 0x50])):
+        q = quantise(w, key)
+        assert q.scale.tolist() == [[3.0]]
+        assert q.codes.tolist() == [expected]
+
+
 # --- packing
 
 
 def test_bytes_by_hand() -> None:
     assert pack(torch.tensor([1, 2, 15, 0], dtype=torch.uint8), "int4").tolist() == [0x21, 0x0F]
+    for name in BOOKS:
+        assert pack(torch.tensor([1, 2, 15, 0], dtype=torch.uint8), name).tolist() == [0x12, 0xF0]
     six = torch.tensor([0b000001, 0b100010, 0b111100, 0b101101], dtype=torch.uint8)
     assert pack(six, "float6_e3m2").tolist() == [0b10_000001, 0b1100_1000, 0b101101_11]
 
@@ -182,6 +251,14 @@ def test_zero_points_by_hand() -> None:
 # --- defects
 
 
+def _up_the_book(values: Tensor, name: str) -> Tensor:
+    return formats.encode(values + 0.02, name)
+
+
+def _in_ascending_order(codes: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(sorted(BOOKS[name]), dtype=dtype)[codes.long()]
+
+
 def _toward_zero(values: Tensor, name: str) -> Tensor:
     numbers = torch.tensor(FLOATS[name], dtype=DOUBLE)
     codes = (torch.searchsorted(numbers, values.abs().contiguous(), right=True) - 1).clamp(min=0)
@@ -251,6 +328,11 @@ DEFECTS: list[tuple[dict[str, Callable[..., object]], QuantKey]] = [
     ({"_spread": _next_group}, MXFP8),
     ({"_decode": _without_global_scale}, NVFP4),
     ({"_ends": lambda key: (-128, 126)}, INT8_CHANNEL),
+    ({"encode": _up_the_book}, NF4),
+    ({"decode": _in_ascending_order}, FP4_BNB),
+    ({"pack": _swapped}, NF4),
+    ({"pack": _swapped, "unpack": _unswapped}, FP4_BNB),
+    ({"_spread": _next_group}, QuantKey("nf4", GroupShape(1, 32))),
 ]
 
 

@@ -20,13 +20,14 @@ from moe_fx.quant import (
     INT8_TOKEN,
     MAX_OF,
     MXFP4,
+    NF4,
     NVFP4,
     NVFP4_DYNAMIC,
     QuantKey,
 )
 from moe_fx.reference.quantise import dequantise, matrix, quantise, round_to
 
-from .number_formats import KEYS, TABLES, by_hand, codes_of, numbers, values_of
+from .number_formats import BOOKS, KEYS, TABLES, by_hand, codes_of, numbers, values_of
 
 SHAPES = [(1, 4), (3, 40), (2, 64), (130, 160)]  # multiples of the groups and not; 128-blocks with a rest both ways
 DOUBLE = torch.float64
@@ -82,7 +83,7 @@ def test_codes_are_the_nearest_of_all(name: str) -> None:
         near = {table[other] for other in away if away[other] == least}
         assert table[code] in near
         if len(near) == 2:
-            assert code % 2 == 0 if key.dtype in TABLES else table[code] % 2 == 0
+            assert code % 2 == 0 if key.dtype in TABLES | BOOKS else table[code] % 2 == 0
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -185,6 +186,8 @@ def test_wrong_requests_say_so() -> None:
         round_to(x, NVFP4_DYNAMIC, torch.ones(2, 2))
     with pytest.raises(ValueError, match="only integers have zero points"):
         quantise(x, replace(FP8_CHANNEL, zero_points=True))
+    with pytest.raises(ValueError, match="only integers have zero points"):
+        quantise(x, replace(NF4, zero_points=True))
     with pytest.raises(ValueError, match="multiple of 2"):
         quantise(x[:, :31], MXFP4)
     with pytest.raises(ValueError, match="multiple of 4"):

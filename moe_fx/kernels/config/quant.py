@@ -35,11 +35,14 @@ CODES: dict[DType, tuple[Code, ScaleDType]] = {  # dtype of a descriptor → its
     "mxfp6_e3m2": ("float6_e3m2", "float8_e8m0fnu"),
     "mxfp6_e2m3": ("float6_e2m3", "float8_e8m0fnu"),
     "nvfp4": ("float4_e2m1", "float8_e4m3fn"),
+    "nf4": ("nf4", "float32"),
+    "fp4_bnb": ("fp4_bnb", "float32"),
 }
 OCP_MX = ("mxfp4", "mxfp6_e3m2", "mxfp6_e2m3")
 MX_GROUP, NVFP4_GROUP = GroupShape(1, 32), GroupShape(1, 16)
 GROUPS: dict[DType, GroupShape] = {"nvfp4": NVFP4_GROUP, "mxfp8": MX_GROUP, **dict.fromkeys(OCP_MX, MX_GROUP)}
-ANY_SCALE: tuple[DType, ...] = (torch.float8_e4m3fn, torch.int8, "int4")  # their scales are of the dtype of the tensor
+# their scales are of the dtype of the tensor
+ANY_SCALE: tuple[DType, ...] = (torch.float8_e4m3fn, torch.int8, "int4", "nf4", "fp4_bnb")
 SCALES: dict[torch.dtype, ScaleDType] = {
     torch.float32: "float32",
     torch.float16: "float16",
@@ -51,8 +54,8 @@ SCALES: dict[torch.dtype, ScaleDType] = {
 class FusedMoEQuantDesc:
     """One operand.
 
-    dtype: torch.float8_e4m3fn, torch.int8, "int4", "mxfp8", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3" or "nvfp4"; None where
-        it is not quantised, or comes quantised already.
+    dtype: torch.float8_e4m3fn, torch.int8, "int4", "mxfp8", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "nvfp4", "nf4" or
+        "fp4_bnb"; None where it is not quantised, or comes quantised already.
     shape: elements that share a scale (``moe_fx.quant.GroupShape``), None where the dtype says it.
     scale, zp, bias: of all experts, [E, …] or one tensor an expert; of an activation one tensor.
     alpha_or_gscale: the second factor of two-level schemes: of an activation its global scale, of weights the product

@@ -67,8 +67,8 @@ def experts_backward(
     on_input = spec.combine.weight_on == "input"
     if on_input and rows.used < ids.numel():
         weights = weights.masked_fill(~inside(ids, spec.expert.experts), 0)
-    dx = combine(job.drows, places, weights if on_input else None, x.dtype)
-    return dx.to(x.dtype), job.dweights[places].to(weights.dtype)
+    dx = combine(x.new_empty(x.shape), job.drows, places, weights if on_input else None, x.dtype)
+    return dx, job.dweights[places].to(weights.dtype)
 
 
 class _Job:

@@ -14,8 +14,10 @@ from torch import Tensor
 from moe_fx.binding import Experts, Matrices
 from moe_fx.kernels.capability import PLAIN
 from moe_fx.kernels.experts.reference import ALL
-from moe_fx.kernels.experts.rows import SortedRows, activate, empty_result, finish, gather_rows, inside
+from moe_fx.kernels.experts.rows import INDICES, SortedRows, activate, empty_result, finish, gather_rows, inside, room
 from moe_fx.kernels.experts.torch_experts import Scratch, TorchExperts
+from moe_fx.kernels.modular_kernel.experts import Shape
+from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata
 from moe_fx.kernels.registry import Cost, experts_kernel
 from moe_fx.reference.experts import compute_dtype, normalise
 from moe_fx.spec import MoESpec
@@ -30,19 +32,38 @@ CHUNK = 32  # rows whose weights are copied at a time: bounds the memory
     rank=40,
 )
 class GatherBmmExperts(TorchExperts):
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: str,
+    ) -> tuple[Shape, Shape, Shape]:
+        return (M * topk, K), (0,), (M, K)
+
+    def temporary_shapes(self, M: int, N: int, K: int, topk: int, activation: str) -> tuple[Shape, ...]:
+        """The copied weights of a chunk's rows, of one product at a time, and indices."""
+        return (min(M * topk, CHUNK), N, K), (M * topk, INDICES)
+
     def compute(
         self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
     ) -> Tensor:
         if not ids.numel():
-            return empty_result(x, spec)
+            return empty_result(x, spec, scratch.result)
         valid = inside(ids, spec.expert.experts)
         expert = ids.where(valid, 0).reshape(-1)
         flat = torch.arange(ids.numel(), device=ids.device)
         dtype = compute_dtype(experts, spec.expert)
-        chunks = zip(flat.split(CHUNK), expert.split(CHUNK), strict=True)
-        out = torch.cat([_rows(gather_rows(x, weights, rows, spec, dtype), es, experts, spec) for rows, es in chunks])
+        out = room(scratch.first, (ids.numel(), x.shape[1]), dtype, x)
+        for rows, es, place in zip(flat.split(CHUNK), expert.split(CHUNK), out.split(CHUNK), strict=True):
+            place.copy_(_rows(gather_rows(x, weights, rows, spec, dtype), es, experts, spec))
         out.masked_fill_(~valid.reshape(-1, 1), 0)
-        return finish(out, SortedRows(flat, [], 0), weights.masked_fill(~valid, 0), spec, x.dtype)
+        weights = weights.masked_fill(~valid, 0)
+        return finish(out, SortedRows(flat, [], 0), weights, spec, x.dtype, scratch.result)
 
 
 def _rows(inputs: Tensor, expert: Tensor, experts: Experts, spec: MoESpec) -> Tensor:

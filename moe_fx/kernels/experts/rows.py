@@ -25,6 +25,8 @@ Segment = tuple[int, int, int]  # expert, first sorted row, row after the last
 FEW = 64  # rows that are sorted on the host
 CHUNK = 256  # rows that share one activation call: few calls at small T, inside the L2 cache at large T
 PIECE = 2048  # rows of one expert at a time: bounds the memory when all tokens go to one
+LAUNCH = 1 << 16  # rows that a device takes at a time where a CPU takes PIECE: there a launch costs more than memory
+INDICES = 20  # numbers of 16 bits for every routed row, at most, that its indices take while it is sorted or placed
 
 
 @dataclass(slots=True)
@@ -113,17 +115,30 @@ def inside(ids: Tensor, experts: int) -> Tensor:
     return (ids >= 0) & (ids < experts)
 
 
+def blocks(rows: Tensor, width: int = 1) -> Sequence[Tensor]:
+    """Parts of ``rows``, to be worked on one after the other: what that allocates does not grow with their number.
+
+    width: how many routed rows each of them stands for.
+    """
+    most = max(1, (PIECE if rows.device.type == "cpu" else LAUNCH) // width)
+    return (rows,) if len(rows) <= most else rows.split(most)
+
+
 def gather_rows(
     x: Tensor, weights: Tensor, flat: Tensor, spec: MoESpec, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """Rows [n, H] of the flat positions [n] in ``dtype``, times their routing weight if that is on the input."""
-    token = flat // weights.shape[1]
-    if spec.combine.weight_on == "output" and out is not None and x.dtype == dtype:
-        return torch.index_select(x, 0, token, out=out)
-    rows = x.index_select(0, token)
-    if spec.combine.weight_on == "input":
-        rows = rows * weights.reshape(-1).index_select(0, flat).unsqueeze(1)
-    return rows.to(dtype) if out is None else out.copy_(rows)
+    k = weights.shape[1]
+    if out is None:
+        out = x.new_empty((len(flat), x.shape[1]), dtype=dtype)
+    if spec.combine.weight_on == "output" and x.dtype == dtype:
+        return torch.index_select(x, 0, flat // k, out=out)
+    for part, place in zip(blocks(flat), blocks(out), strict=True):
+        rows = x.index_select(0, part // k)
+        if spec.combine.weight_on == "input":
+            rows = rows * weights.reshape(-1).index_select(0, part).unsqueeze(1)
+        place.copy_(rows)
+    return out
 
 
 def room(scratch: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -215,12 +230,22 @@ def activate(up: list[Tensor], experts: Experts, spec: ExpertSpec) -> Tensor:
     return activation(spec.act, spec.gated).forward(gate, second, *spec.act_params).to(up[0].dtype)
 
 
-def combine(rows: Tensor, places: Tensor, weights: Tensor | None, accumulate: torch.dtype) -> Tensor:
-    """y [T, H] = sum over k of weights[t, k] * rows[places[t, k]]; weights None counts as ones.
+def combine(out: Tensor, rows: Tensor, places: Tensor, weights: Tensor | None, accumulate: torch.dtype) -> Tensor:
+    """out [T, H] = sum over k of weights[t, k] * rows[places[t, k]], rounded once; weights None counts as ones.
 
-    At least as exact as ``accumulate`` asks for; the result is in rows' dtype or a wider one.  EmbeddingBag is this sum
-    in one pass: on a CPU 10 to 50 times faster than index_add_, everywhere deterministic and, for 16-bit rows, in fp32.
+    At least as exact as ``accumulate`` asks for.  EmbeddingBag is this sum in one pass: on a CPU 10 to 50 times faster
+    than index_add_, everywhere deterministic and, for 16-bit rows, in fp32.  Its result is always a new tensor, so it
+    sums a block of tokens at a time.
     """
+    k = places.shape[1]
+    parts = itertools.repeat(None) if weights is None else blocks(weights, k)
+    for place, part, given in zip(blocks(out, k), blocks(places, k), parts, strict=False):
+        place.copy_(_sums(rows, part, given, accumulate))
+    return out
+
+
+def _sums(rows: Tensor, places: Tensor, weights: Tensor | None, accumulate: torch.dtype) -> Tensor:
+    """The sums of some tokens, in rows' dtype or a wider one."""
     if accumulate == rows.dtype == torch.bfloat16:  # the rest of a float16 may be too small for one
         if weights is not None and weights.dtype != rows.dtype:
             # A wider weight is the sum of two 16-bit ones: exact enough, and rows need no copy in fp32.
@@ -232,18 +257,24 @@ def combine(rows: Tensor, places: Tensor, weights: Tensor | None, accumulate: to
     if weights is not None:
         wide = torch.promote_types(wide, weights.dtype)
         weights = weights.to(wide)
+    if rows.dtype != wide and places.numel() < len(rows):  # a wider copy of these tokens' rows alone
+        rows = rows.index_select(0, places.flatten())
+        places = torch.arange(places.numel(), device=places.device).view_as(places)
     return F.embedding_bag(places, rows.to(wide), mode="sum", per_sample_weights=weights)
 
 
-def finish(out: Tensor, rows: SortedRows, weights: Tensor, spec: MoESpec, dtype: torch.dtype) -> Tensor:
-    """Expert outputs [S, H] in sorted order, weights [T, k] → y [T, H] in ``out_dtype``; ``dtype`` is that of x."""
+def finish(
+    out: Tensor, rows: SortedRows, weights: Tensor, spec: MoESpec, dtype: torch.dtype, result: Tensor | None = None
+) -> Tensor:
+    """Expert outputs [S, H] in sorted order, weights [T, k] → y [T, H] in ``out_dtype``, in ``result`` where given;
+    ``dtype`` is that of x."""
     on_output = spec.combine.weight_on == "output"
+    if result is None:
+        result = out.new_empty((len(weights), out.shape[1]), dtype=dtype_of(spec.combine.out_dtype, dtype))
     if len(weights) == 1:
-        y = _combine_one(out, weights[0].index_select(0, rows.order) if on_output else None)
-    else:
-        accumulate = dtype_of(spec.combine.accumulate, dtype)
-        y = combine(out, rows.places(weights.shape[1]), weights if on_output else None, accumulate)
-    return y.to(dtype_of(spec.combine.out_dtype, dtype))
+        return result.copy_(_combine_one(out, weights[0].index_select(0, rows.order) if on_output else None))
+    accumulate = dtype_of(spec.combine.accumulate, dtype)
+    return combine(result, out, rows.places(weights.shape[1]), weights if on_output else None, accumulate)
 
 
 def _combine_one(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -255,6 +286,8 @@ def _combine_one(rows: Tensor, weights: Tensor | None) -> Tensor:
     return rows.sum(0, keepdim=True, dtype=wide)
 
 
-def empty_result(x: Tensor, spec: MoESpec) -> Tensor:
-    """y of zeros [T, H], for when no row is routed."""
+def empty_result(x: Tensor, spec: MoESpec, result: Tensor | None = None) -> Tensor:
+    """y of zeros [T, H], for when no row is routed; in ``result`` where given."""
+    if result is not None:
+        return result.zero_()
     return torch.zeros(x.shape, dtype=dtype_of(spec.combine.out_dtype, x.dtype), device=x.device)

@@ -3,6 +3,8 @@
 x, ids → rows by expert → chunks of experts: up products, activation, down products → y.
 Sorting costs one host synchronisation; there is no mask of T * E.  Plain weights are read in place; quantised ones are
 dequantised one expert at a time, active experts only.  The inputs of a chunk lie where its results will.
+Rows lie in the workspaces, y in the output.  Allocated besides: indices of the routed rows (their order, sorted by
+PyTorch into new tensors), and what one chunk's activation or one block's sum takes, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from moe_fx.binding import Experts
 from moe_fx.kernels.experts.reference import ALL, DEQUANTISE, EFFICIENCY
 from moe_fx.kernels.experts.rows import (
     CHUNK,
+    INDICES,
     PIECE,
     activate,
     down_products,
@@ -55,7 +58,8 @@ class SortedLoopExperts(TorchExperts):
         return (M * topk, K), (min(M * topk, CHUNK + PIECE), N), (M, K)
 
     def temporary_shapes(self, M: int, N: int, K: int, topk: int, activation: str) -> tuple[Shape, ...]:
-        return ()  # but for a chunk's, all of it lies in the workspaces
+        """The activation of a chunk, and indices."""
+        return (min(M * topk, CHUNK + PIECE), N), (M * topk, INDICES)
 
     def compute(
         self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
@@ -67,7 +71,7 @@ class SortedLoopExperts(TorchExperts):
         if self.keep is not None:
             self.keep += kept or []
         if not rows.used:
-            return empty_result(x, spec)
+            return empty_result(x, spec, scratch.result)
         out = room(scratch.first, (ids.numel(), x.shape[1]), dtype, x)
         for chunk in rows.chunks(CHUNK):
             first, last = chunk[0][1], chunk[-1][2]
@@ -86,4 +90,4 @@ class SortedLoopExperts(TorchExperts):
         if rows.used < ids.numel():
             out[rows.used :].zero_()
             weights = weights.masked_fill(~inside(ids, spec.expert.experts), 0)
-        return finish(out, rows, weights, spec, x.dtype)
+        return finish(out, rows, weights, spec, x.dtype, scratch.result)

@@ -35,10 +35,12 @@ Kept = list[Tensor] | None  # results of the up products, for a backward
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """The two workspaces of a call; their values are undefined."""
+    """The two workspaces of a call; their values are undefined.  result: [T, H] of the spec's ``out_dtype``, where the
+    caller has room for y; a kernel may write it there."""
 
     first: Tensor
     second: Tensor
+    result: Tensor | None = None
 
 
 class TorchExperts(FusedMoEExpertsModular):
@@ -60,7 +62,8 @@ class TorchExperts(FusedMoEExpertsModular):
     def compute(
         self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
     ) -> Tensor:
-        """x [T, H], ids and weights [T, k] → y [T, H]; ids outside [0, E) add nothing.  Runs below autograd."""
+        """x [T, H], ids and weights [T, k] → y [T, H], a new tensor or ``scratch.result``; ids outside [0, E) add
+        nothing.  Runs below autograd."""
 
     @property
     def expects_unquantized_inputs(self) -> bool:
@@ -116,8 +119,11 @@ class TorchExperts(FusedMoEExpertsModular):
         refuse_codes(a1q_scale)
         ids = topk_ids if expert_map is None else local_ids(topk_ids, expert_map)
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        scratch = Scratch(workspace13, workspace2)
-        output.copy_(self.compute(hidden_states, ids, weights, self.view(w1, w2), self.spec_for(activation), scratch))
+        fits = output.dtype == dtype_of(self.spec.combine.out_dtype, hidden_states.dtype)
+        scratch = Scratch(workspace13, workspace2, output if fits else None)
+        y = self.compute(hidden_states, ids, weights, self.view(w1, w2), self.spec_for(activation), scratch)
+        if y is not output:
+            output.copy_(y)
 
     def spec_for(self, activation: str) -> MoESpec:
         """The layer's mathematics with that activation, by the field's name."""

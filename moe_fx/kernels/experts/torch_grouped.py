@@ -2,6 +2,9 @@
 
 x, ids → rows by expert and the end of each expert's rows → two grouped products → y.
 The rows after the last end (ids outside [0, E)) are left undefined by grouped_mm and cleared here.
+Inputs lie in a workspace, as hidden values of more than one block do, and y in the output.  grouped_mm writes into no
+tensor of ours: what the products give is allocated and counted as workspaces are, and so are the activation of a block
+and the indices.  Nothing else grows with the number of tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +18,27 @@ from torch import Tensor
 from moe_fx.binding import Experts, Matrices, Vectors
 from moe_fx.kernels.capability import PLAIN
 from moe_fx.kernels.experts.reference import ALL
-from moe_fx.kernels.experts.rows import SortedRows, activate, by_expert, empty_result, finish, gather_rows, inside
+from moe_fx.kernels.experts.rows import (
+    INDICES,
+    LAUNCH,
+    SortedRows,
+    activate,
+    blocks,
+    by_expert,
+    empty_result,
+    finish,
+    gather_rows,
+    inside,
+    room,
+    sizes_of,
+)
 from moe_fx.kernels.experts.torch_experts import Scratch, TorchExperts
+from moe_fx.kernels.modular_kernel.experts import Shape
+from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata
 from moe_fx.kernels.registry import Cost, experts_kernel
 from moe_fx.reasons import MoEFxRuntimeError
 from moe_fx.reference.experts import normalise
-from moe_fx.spec import MoESpec
+from moe_fx.spec import ExpertSpec, MoESpec
 
 CAPABILITY = replace(
     ALL,
@@ -43,34 +61,54 @@ CAPABILITY = replace(
 class TorchGroupedExperts(TorchExperts):
     """Raises MoEFxRuntimeError if a weight does not step (on a GPU: start) at multiples of 16 bytes."""
 
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: ExpertTokensMetadata | None,
+        activation: str,
+    ) -> tuple[Shape, Shape, Shape]:
+        return (M * topk, K), (M * topk, self.adjust_N_for_activation(N, activation)), (M, K)
+
+    def temporary_shapes(self, M: int, N: int, K: int, topk: int, activation: str) -> tuple[Shape, ...]:
+        """Results of the up products, the activation of a block or results of the down products, and indices."""
+        return (M * topk, N), (max(min(M * topk, LAUNCH) * N, M * topk * K),), (M * topk, INDICES)
+
     def compute(
         self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
     ) -> Tensor:
         if not ids.numel():
             if self.keep is not None:
                 self.keep += [x.new_empty((0, matrices[0].shape[0]), dtype=torch.bfloat16) for matrices in experts.up]
-            return empty_result(x, spec)
-        count = spec.expert.experts
+            return empty_result(x, spec, scratch.result)
+        count, size = spec.expert.experts, ids.numel()
         valid = inside(ids, count)
         sorted_ = by_expert(ids.where(valid, count), count)
         key, order, ends = sorted_.expert, sorted_.order, sorted_.ends
-        expert = key.clamp(max=count - 1)  # of each row, for its biases
-        inputs = gather_rows(x, weights, order, spec, torch.bfloat16)
+        inputs = room(scratch.first, (size, x.shape[1]), torch.bfloat16, x)
+        gather_rows(x, weights, order, spec, torch.bfloat16, inputs)
         up = [_product(inputs, matrices, ends) for matrices in experts.up]
-        for result, biases in zip(up, experts.up_bias, strict=False):
-            result += _bias_rows(biases, expert, result)
         if self.keep is not None:
             self.keep += up
-        out = _product(activate(up, experts, spec.expert), experts.down, ends)
+        for result, biases in zip(up, experts.up_bias, strict=False):
+            _add_biases(result, biases, key)
+        hidden = _hidden(up, experts, spec.expert, scratch.second)
+        del up  # the sum takes as much on a device
+        out = _product(hidden, experts.down, ends)
         if experts.down_bias is not None:
-            out += _bias_rows(experts.down_bias, expert, out)
+            _add_biases(out, experts.down_bias, key)
         if spec.expert.norm:
-            out = normalise(out, experts.norm, spec.expert)
+            for piece in blocks(out):
+                piece.copy_(normalise(piece, experts.norm, spec.expert))
         # Asking whether there is such a row would wait for a GPU; on a CPU it is cheaper than the pass.
         if out.is_cuda or not bool(valid.all()):
             out.masked_fill_((key == count).unsqueeze(1), 0)
             weights = weights.masked_fill(~valid, 0)
-        return finish(out, SortedRows(order, [], 0), weights, spec, x.dtype)
+        return finish(out, SortedRows(order, [], 0), weights, spec, x.dtype, scratch.result)
 
 
 def _product(inputs: Tensor, matrices: Matrices, ends: Tensor) -> Tensor:
@@ -86,7 +124,19 @@ def _product(inputs: Tensor, matrices: Matrices, ends: Tensor) -> Tensor:
     return F.grouped_mm(inputs, matrices.transpose(1, 2), offs=ends)
 
 
-def _bias_rows(biases: Vectors, expert: Tensor, like: Tensor) -> Tensor:
-    """The bias of each row's expert [S, out], in the dtype of ``like``."""
+def _hidden(up: list[Tensor], experts: Experts, spec: ExpertSpec, scratch: Tensor) -> Tensor:
+    """Results of the up products [S, ·] → hidden [S, I]: a block at a time, in ``scratch`` where there are several."""
+    pieces = list(zip(*map(blocks, up), strict=True))
+    if len(pieces) == 1:
+        return activate(up, experts, spec)
+    hidden = room(scratch, (len(up[0]), sizes_of(experts.down)[1]), up[0].dtype, up[0])
+    for place, piece in zip(blocks(hidden), pieces, strict=True):
+        place.copy_(activate(list(piece), experts, spec))
+    return hidden
+
+
+def _add_biases(rows: Tensor, biases: Vectors, key: Tensor) -> None:
+    """To each of rows [S, out] the bias of its expert, any where it has none: key [S]."""
     assert isinstance(biases, Tensor)
-    return biases.index_select(0, expert).to(like.dtype)
+    for piece, expert in zip(blocks(rows), blocks(key), strict=True):
+        piece += biases.index_select(0, expert.clamp(max=len(biases) - 1)).to(rows.dtype)

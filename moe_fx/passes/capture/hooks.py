@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from moe_fx.reasons import Reject, out_of_memory
 
-# (tracer, function about to be inlined, its arguments) → the result to use instead, or None to inline as usual
-Substitute = Callable[[Any, Any, list[Any]], Any]
+# (tracer, function about to be inlined, its arguments by position and by name) → the result to use instead, or None to
+# inline as usual
+Substitute = Callable[[Any, Any, list[Any], dict[str, Any]], Any]
 
 # tracer of a frame (Dynamo's, before its first instruction) → what surrounds the trace
 Surrounding = Callable[[Any], AbstractContextManager[None]]
@@ -135,8 +136,8 @@ def _wrap_inlining(backend: Any, active: Callable[[], bool]) -> None:
 
     @functools.wraps(original.__func__)
     def inline_call(cls: Any, parent: Any, func: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        if not kwargs and compiles_for(parent, backend) and active():
-            result = _offered(parent, func, list(args))
+        if compiles_for(parent, backend) and active():
+            result = _offered(parent, func, list(args), dict(kwargs))
             if result is not None:
                 return result
         return original.__func__(cls, parent, func, args, kwargs, *rest, **more)
@@ -169,11 +170,11 @@ def _wrap_tracing(backend: Any, active: Callable[[], bool]) -> None:
     _undo.append(undo)
 
 
-def _offered(tracer: Any, function: Any, args: list[Any]) -> Any:
+def _offered(tracer: Any, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """The answer of the first substitute that has one.  A substitute that fails costs its loop, not the compilation."""
     started = time.perf_counter()
     with _guarded(str(getattr(getattr(function, "fn", None), "__qualname__", ""))):
-        results = (offer(tracer, function, args) for offer in _SUBSTITUTES)
+        results = (offer(tracer, function, args, kwargs) for offer in _SUBSTITUTES)
         found = next((r for r in results if r is not None), None)
         _declined.seconds = getattr(_declined, "seconds", 0.0) + time.perf_counter() - started
         return found

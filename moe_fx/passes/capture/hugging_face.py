@@ -23,32 +23,41 @@ from moe_fx.passes.isolation import isolated
 from moe_fx.passes.sampling import lazy_zeros
 from moe_fx.reasons import Reject
 
+FP8 = "transformers.integrations.finegrained_fp8"
 _FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
 _TRUSTED: dict[tuple[Any, ...], str] = {}
 _FILLED, _FEW, _LARGE = 12, 4, 1 << 22  # experts given random weights, fewer if their matrices have more elements
 
 
 @substitute
-def eager_experts(tracer: Any, function: Any, args: list[Any]) -> Any:
+def eager_experts(tracer: Any, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """Answers ``ExpertsInterface.get_interface("eager", loop)``."""
     library = sys.modules.get("transformers.integrations.moe")
-    interface = getattr(library, "ExpertsInterface", None)
-    if interface is None or getattr(function, "fn", None) is not interface.get_interface or len(args) != 3:
-        return None
-    if not args[1].is_python_constant() or args[1].as_python_constant() != "eager":
-        return None
-    if "eager" in getattr(args[0], "value", ()):
-        return None
-    module = getattr(_realized(tracer.symbolic_locals.get("self")), "value", None)
     body = getattr(library, "grouped_mm_experts_forward", None)
-    if not isinstance(module, Module) or body is None:
+    name, asked, module = asked_for(tracer, function, args) or ("", None, None)
+    interface: Any = getattr(asked, "value", ())
+    if name != "eager" or "eager" in interface or module is None or body is None:
         return None
+    if isinstance(interface, getattr(sys.modules.get(FP8), "FP8ExpertsInterface", ())):
+        return None  # ``quantised_libraries`` has those
     if problem := _distrust(module, body):
         decline(type(module).__name__, Reject("capture.untrusted", problem, type(module).__qualname__))
         return None
     from torch._dynamo.variables import UserFunctionVariable
 
     return UserFunctionVariable(body)
+
+
+def asked_for(tracer: Any, function: Any, args: list[Any]) -> tuple[str, Any, Module | None] | None:
+    """(implementation, the interface, the experts module that asks) where ``function`` is ``get_interface``."""
+    library = sys.modules.get("transformers.integrations.moe")
+    interface = getattr(library, "ExpertsInterface", None)
+    if interface is None or getattr(function, "fn", None) is not interface.get_interface or len(args) != 3:
+        return None
+    if not args[1].is_python_constant():
+        return None
+    module = getattr(_realized(tracer.symbolic_locals.get("self")), "value", None)
+    return args[1].as_python_constant(), _realized(args[0]), module if isinstance(module, Module) else None
 
 
 def _realized(variable: Any) -> Any:

@@ -1,0 +1,105 @@
+"""Activations that a graph rounds to codes: from codes and their scales back to the tensor that was rounded, and how.
+
+before: a = x.float().abs().amax(-1, keepdim=True) / 448;  q = (x.float() / a).clamp(-448, 448).to(float8_e4m3fn)
+found:  q and a stand for x.float() rounded by "float8_e4m3fn:1x-1:float32:dynamic"
+
+The calls in between are run on a sample, and must give for each element the code that is nearest under that key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_fx.passes.dataflow import fake, target_name, tensor, value
+from moe_fx.passes.isolation import isolated
+from moe_fx.passes.readings import run, sample
+from moe_fx.quant import GroupShape, QuantKey
+from moe_fx.reference.quantise import round_to
+
+_MOST_CALLS = 24
+_CODES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.int8: "int8"}
+
+
+class Rounding(NamedTuple):
+    """x: what was rounded.  key: text of the ``QuantKey``.  calls: what stands between, in order."""
+
+    x: Node
+    key: str
+    calls: list[Node]
+
+
+def rounding_of(codes: Node, scale: Node) -> Rounding | None:
+    """How codes [n, in] with scales [n, groups], or one, came about; None where they are no known rounding."""
+    found = _between(codes, scale)
+    if found is None or fake(codes).dtype not in _CODES:
+        return None
+    x, calls = found
+    width, across = fake(codes).shape[-1], fake(scale).shape
+    group = GroupShape(-1, -1)
+    if fake(scale).ndim == 2 and not (isinstance(across[0], int) and across[0] == 1):
+        group = GroupShape(1, -1 if across[1] == 1 else -(-int(width) // int(across[1])))
+    key = QuantKey(_CODES[fake(codes).dtype], group, static=False)  # type: ignore[arg-type]
+    with isolated():
+        try:
+            agrees = _rounds(x, calls, codes, scale, key)
+        except Exception:  # noqa: BLE001  what cannot be run on a sample is not understood
+            return None
+    return Rounding(x, str(key), calls) if agrees else None
+
+
+def _between(codes: Node, scale: Node) -> tuple[Node, list[Node]] | None:
+    """The nearest float tensor of which both are made, and the calls from it to them."""
+    order = {node: i for i, node in enumerate(codes.graph.nodes)}
+    front, calls = {codes, scale}, set[Node]()
+    while len(front) > 1 or codes in front:
+        node = max(front, key=order.__getitem__)
+        if not node.op.startswith("call") or len(calls) == _MOST_CALLS or _writes(node):
+            return None
+        front.remove(node)
+        calls.add(node)
+        front.update(
+            n for n in node.all_input_nodes if n not in calls and (n.op != "placeholder" or tensor(n) is not None)
+        )
+    (x,) = front
+    known = value(x)
+    if not isinstance(known, Tensor) or not known.is_floating_point() or known.dtype.itemsize < 2:
+        return None
+    if known.ndim != 2 or known.shape[-1] != fake(codes).shape[-1]:
+        return None
+    while target_name(x) in ("to", "float", "double") and _widens(x):
+        calls.add(x)
+        (x,) = x.all_input_nodes
+    return x, sorted(calls, key=order.__getitem__)
+
+
+def _widens(cast: Node) -> bool:
+    source = tensor(cast.all_input_nodes[0]) if len(cast.all_input_nodes) == 1 else None
+    return source is not None and source.is_floating_point() and 2 <= source.dtype.itemsize <= fake(cast).dtype.itemsize
+
+
+def _writes(node: Node) -> bool:
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
+def _rounds(x: Node, calls: list[Node], codes: Node, scale: Node, key: QuantKey) -> bool:
+    outer = list(dict.fromkeys(i for n in calls for i in n.all_input_nodes if i not in calls))
+    env = sample(outer, x)
+    generator = torch.Generator().manual_seed(4)
+    size = env[x].shape
+    rows = torch.randn(size, generator=generator)
+    rows *= torch.exp2(torch.randint(-9, 9, (size[0], 1), generator=generator))
+    rows[0] = 0
+    env[x] = given = rows.to(env[x])
+    done = run(calls, env)
+    spread = done[scale].double()
+    if spread.ndim == 2 and spread.shape[1] > 1:
+        spread = spread.repeat_interleave(key.group.col, 1)[:, : given.shape[1]]
+    wide = given.double()
+    found, nearest = done[codes].double() * spread, round_to(wide, key)
+    # in the middle between two codes both are right
+    return bool(((found - wide).abs() <= (nearest - wide).abs() + 1e-5 * wide.abs()).all())
