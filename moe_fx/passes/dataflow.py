@@ -194,7 +194,7 @@ class Dataflow:
         found: set[Node] = set()
         constants: set[Node] = set()  # tables and the like: made of numbers in the code
         for node in self.nodes:
-            sources = [p for p in self.preds[node] if tensors(p)]
+            sources = [p for p in self.preds[node] if tensors(p) or self.writes[p]]
             pure = node.op != "output" and all(self._own(node, written) for written in self.writes[node])
             if pure and sources and all(p in weights or p in found or p in constants for p in sources):
                 (constants if all(p in constants for p in sources) else found).add(node)

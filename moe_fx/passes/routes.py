@@ -86,7 +86,7 @@ class Routes:
         stack = list(use.all_input_nodes)
         while stack:
             node = stack.pop()
-            if node in seen or node in self.weights:
+            if node in seen or node in self.weights or node in self.derived:  # integers there pick no rows
                 continue
             seen.add(node)
             if node in flow.integers:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from moe_fx.ops_fp8 import LIBRARY
 from moe_fx.passes.capture.hooks import decline, substitute
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.sampling import lazy_zeros
 from moe_fx.reasons import Reject
 
-FP8 = "transformers.integrations.finegrained_fp8"
 _FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "has_post_expert_norm")
 _TRUSTED: dict[tuple[Any, ...], str] = {}
 _FILLED, _FEW, _LARGE = 12, 4, 1 << 22  # experts given random weights, fewer if their matrices have more elements
@@ -38,7 +38,7 @@ def eager_experts(tracer: Any, function: Any, args: list[Any], kwargs: dict[str,
     interface: Any = getattr(asked, "value", ())
     if name != "eager" or "eager" in interface or module is None or body is None:
         return None
-    if isinstance(interface, getattr(sys.modules.get(FP8), "FP8ExpertsInterface", ())):
+    if isinstance(interface, getattr(sys.modules.get(LIBRARY), "FP8ExpertsInterface", ())):
         return None  # ``quantised_libraries`` has those
     if problem := _distrust(module, body):
         decline(type(module).__name__, Reject("capture.untrusted", problem, type(module).__qualname__))

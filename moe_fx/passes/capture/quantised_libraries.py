@@ -104,9 +104,22 @@ def _row_scaled_linear(self: Any, input: Tensor) -> Tensor:  # noqa: A002  the l
     return found.reshape(*input.shape[:-1], self.weight.shape[0])
 
 
+def _mxfp4_matrices(
+    blocks: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.bfloat16, rows_per_chunk: int = 0
+) -> Tensor:
+    """``_convert_moe_packed_tensors`` of transformers, without its buffers: pairs of e2m1 [E, out, G, 16]
+    and exponents [E, out, G] → [E, in, out]."""
+    values = sys.modules["transformers.integrations.mxfp4"].FP4_VALUES
+    numbers = torch.tensor(values, dtype=dtype, device=blocks.device)
+    pairs = torch.stack((numbers[(blocks & 15).int()], numbers[(blocks >> 4).int()]), dim=-1).flatten(-2)
+    wide = torch.ldexp(pairs, (scales.to(torch.int32) - 127).unsqueeze(-1))
+    return wide.flatten(-2).transpose(1, 2).contiguous()
+
+
 # (module, function) of a library → a form of it
 FORMS: dict[tuple[str, str], Any] = {
     (LIBRARY, "fp8_linear"): _linear,
+    ("transformers.integrations.mxfp4", "_convert_moe_packed_tensors"): _mxfp4_matrices,
     ("bitsandbytes.autograd._functions", "matmul_4bit"): _matmul_4bit,
     ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear.forward"): _row_scaled_linear,
 }
