@@ -195,10 +195,10 @@ class Dataflow:
         constants: set[Node] = set()  # tables and the like: made of numbers in the code
         for node in self.nodes:
             sources = [p for p in self.preds[node] if tensors(p) or self.writes[p]]
-            pure = node.op != "output" and all(self._own(node, written) for written in self.writes[node])
-            if pure and sources and all(p in weights or p in found or p in constants for p in sources):
-                (constants if all(p in constants for p in sources) else found).add(node)
-            elif pure and not self.preds[node] and node.op == "call_function" and not self.is_random(node):
+            if sources and all(p in weights or p in found or p in constants for p in sources):
+                if node.op != "output" and all(self._own(node, written) for written in self.writes[node]):
+                    (constants if all(p in constants for p in sources) else found).add(node)
+            elif not self.preds[node] and node.op == "call_function" and not self.is_random(node):
                 constants.add(node)
         return found
 

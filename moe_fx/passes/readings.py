@@ -28,7 +28,7 @@ from moe_fx.passes.codes import draw
 from moe_fx.passes.dataflow import fake, identity, tensor, value
 from moe_fx.passes.exact import grouped_mm
 from moe_fx.passes.fingerprint import describe_value, text_of
-from moe_fx.passes.isolation import isolated, unseen
+from moe_fx.passes.isolation import isolated
 from moe_fx.passes.regions import runnable
 from moe_fx.passes.rewrite import insert_call
 from moe_fx.passes.sampling import evaluate, free_symbols
@@ -95,6 +95,14 @@ class Builder:
             node = insert_call(
                 self.graph, "call_method" if isinstance(target, str) else "call_function", target, args, kwargs
             )
+        self.note(node)
+        return node
+
+    def put(self, target: Any, *args: Any, like: Tensor) -> Node:
+        """A call whose value is as ``like``."""
+        with self.graph.inserting_before(self.calls[-1]):
+            node = self.graph.call_function(target, args)
+        node.meta["example_value"] = like
         self.note(node)
         return node
 
@@ -199,14 +207,11 @@ def _read(builder: Builder, meaning: Meaning) -> Reading | None:
     if not ours and not _agrees(builder, meaning):
         return None
     x, dtype = meaning.x, fake(meaning.x).dtype
-    m = builder.call(held, meaning.codes, meaning.scale, meaning.key, dtype)
-    rows = x
+    *stack, size = fake(meaning.codes).shape
+    size = size * 8 // parse_key(meaning.key).bits
+    m = builder.put(held, meaning.codes, meaning.scale, meaning.key, dtype, like=fake(x).new_empty(*stack, size))
+    rows = builder.put(rounded, x, meaning.inputs, like=torch.empty_like(fake(x))) if meaning.inputs else x
     with graph.inserting_before(last):
-        if meaning.inputs:
-            rows = graph.call_function(rounded, (x, meaning.inputs))
-            with fake(x).fake_mode, unseen():  # type: ignore[attr-defined]
-                rows.meta["example_value"] = torch.empty_like(fake(x))
-            builder.note(rows)
         if meaning.ends is None:
             y = graph.call_function(F.linear, (rows, m, meaning.bias))
         else:

@@ -153,3 +153,15 @@ def test_the_calls_bind_to_the_real_signatures() -> None:
     source = inspect.getsource(finegrained_fp8.fp8_grouped_mm_experts_forward)
     source += inspect.getsource(finegrained_fp8.fp8_grouped_matmul)
     assert all(f"{name}=" in source for name in ("offsets", "tokens_per_expert", "block_size"))
+
+
+def test_trust_is_of_the_functions_that_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that is changed after a verdict, and products that are somebody's own."""
+    experts = pair("Qwen3Moe").quantised.model.layers[0].mlp.experts
+    assert quantised_libraries._distrust(experts) == ""
+    known = len(quantised_libraries._TRUSTED)
+    monkeypatch.setattr(type(experts), "_apply_gate", lambda self, rows: rows.chunk(2, -1)[0])
+    assert quantised_libraries._distrust(experts) == ""  # both forms call it
+    assert len(quantised_libraries._TRUSTED) == known + 1
+    monkeypatch.setattr(type(experts), "linear", lambda self, x, w, s, activation_scale=None: x @ w.to(x.dtype).t())
+    assert "products" in quantised_libraries._distrust(experts)

@@ -222,10 +222,18 @@ act("FloorOfNegatives", lambda h: h.clamp(min=-5000.0), inputs=scaled(1e5))
 act("FloorOfNegativesByWhere", lambda h: torch.where(h < -5000.0, 0.0, h), inputs=scaled(1e5))
 act("TinyDropped", lambda h: torch.where(h.abs() < 1e-9, 0.0, F.relu(h)), inputs=scaled(1e-9))
 act("TwoThresholds", lambda h: torch.where((h > 3) & (h < 3.0001), 0.0, F.relu(h)), never=True)
-rows("ClampedParameters", lambda f, e, x, w: F.linear(F.relu(f.w1(x)) * f.w3(x), f.w2.weight.clamp(-0.05, 9.0)) * w)
+# the clamp may stay in the graph, and the op read its result
+rows(
+    "ClampedParameters",
+    lambda f, e, x, w: F.linear(F.relu(f.w1(x)) * f.w3(x), f.w2.weight.clamp(-0.05, 9.0)) * w,
+    never=False,
+    train=True,
+)
 rows(
     "ClampedFarParameters",
     lambda f, e, x, w: F.linear(F.silu(F.linear(x, f.w1.weight.clamp(-2, 2))) * f.w3(x), f.w2.weight) * w,
+    never=False,
+    train=True,
 )
 rows("ExpertOfManyTwice", lambda f, e, x, w: f(x) * w * (2 if e == 11 else 1), experts=16, k=1, inputs=lengths(3))
 rows("ExpertOfManyDetached", lambda f, e, x, w: (f(x).detach() if e == 11 else f(x)) * w, experts=16, k=1, train=True)

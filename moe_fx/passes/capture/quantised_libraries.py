@@ -167,9 +167,18 @@ def _distrust(module: Any) -> str:
     """ "" when the class's loop and ``_experts`` agree, else how they differ."""
     if module.activation_scheme != "dynamic" or module.has_bias or getattr(module, "_is_expert_parallel", False):
         return "static scales of inputs, biases and expert parallelism are not read"
+    if module.linear.__module__ != LIBRARY:
+        return "its products are not transformers'"
     shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
-    key = (type(module), module.has_gate, module.block_size and tuple(module.block_size), shapes, str(module.act_fn))
+    key: tuple[Any, ...] = (
+        type(module),
+        module.has_gate,
+        module.block_size and tuple(module.block_size),
+        shapes,
+        str(module.act_fn),
+    )
     key += tuple(getattr(module, name, None) for name in ("swiglu_alpha", "swiglu_limit", "gate_softcap", "up_softcap"))
+    key += inspect.unwrap(type(module).forward), getattr(module._apply_gate, "__func__", module._apply_gate)
     if key not in _TRUSTED:
         with isolated(), torch.no_grad(), torch.autocast("cpu", enabled=False):
             _TRUSTED[key] = _compare(module)
