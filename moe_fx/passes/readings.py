@@ -62,7 +62,7 @@ class Meaning:
     ends: Node | None = None
 
 
-_ROWS = 48  # of a sample
+_ROWS, _LARGE = 48, 1 << 24  # rows of a sample; codes of a matrix that takes too much room in float64
 _AGREED: dict[str, bool] = {}
 
 # name of an op → what a call of it means; None for a call that it does not read.  Views are made by the builder.
@@ -263,8 +263,10 @@ def _compare(builder: Builder, meaning: Meaning, outer: list[Node]) -> bool:
     found = run(builder.calls, dict(env))[builder.calls[-1]]
     views = run(builder.new, dict(env))
     bias = 0 if meaning.bias is None else views[meaning.bias].double()
-    matrix = held(views[meaning.codes], views[meaning.scale], meaning.key, torch.float64)
-    exact = x.double() @ matrix.mT
+    codes = views[meaning.codes]
+    wide = torch.float64 if codes.numel() <= _LARGE else torch.float32
+    matrix = held(codes, views[meaning.scale], meaning.key, wide)
+    exact = (x.to(wide) @ matrix.mT).double()
     bound = 4 * torch.finfo(found.dtype).eps * (exact.abs() + abs(bias))
     if not bool(((found.double() - exact - bias).abs() <= bound).all()):
         return False
@@ -279,7 +281,7 @@ def _compare(builder: Builder, meaning: Meaning, outer: list[Node]) -> bool:
 
 def _close(calls: list[Node], env: dict[Node, Any], x: Tensor, matrix: Tensor, bias: Any) -> bool:
     """Whether the calls are about as exact as torch's product in the dtype of x."""
-    exact = x.double() @ matrix.mT + bias
+    exact = (x.to(matrix.dtype) @ matrix.mT).double() + bias
     own, usual = run(calls, env)[calls[-1]], x @ matrix.mT.to(x) + bias
     return bool((own.double() - exact).norm() <= 4 * (usual.double() - exact).norm())
 

@@ -27,7 +27,7 @@ from moe_fx.passes.readings import held
 from moe_fx.passes.regions import Region
 from moe_fx.passes.rewrite import insert_call
 from moe_fx.passes.wrapped import Inside, inside_of, is_wrapped
-from moe_fx.quant import GroupShape, QuantSpec
+from moe_fx.quant import GroupShape, QuantSpec, parse_key
 from moe_fx.reasons import Reject
 from moe_fx.reference.quantise import dequantise
 
@@ -166,7 +166,13 @@ _PROVED: dict[str, Recipe | None] = {}
 
 def recipe_of(computed: Computed) -> Recipe | None:
     """The recipe, once for every computation that reads the same; None where it is no known scheme."""
-    first = fake(computed.nodes[0])
+    node = computed.nodes[0]
+    if node.target is held and not computed.picked:  # a reading, which was compared with what it reads
+        codes, scale, key = node.args[:3]
+        at = computed.sources[0].index
+        groups = tuple(int(s) for s in fake(scale).shape[-2:])  # type: ignore[arg-type]
+        return Recipe(parse_key(str(key)), at(codes), at(scale), None, groups)  # type: ignore[arg-type]
+    first = fake(node)
     text = f"{computed.text} {tuple(first.shape)} {first.dtype} {len(computed.nodes)}"
     if text not in _PROVED:
         with isolated():

@@ -67,7 +67,11 @@ def _run(model: nn.Module, inner: str, lengths: tuple[int, ...] = (9, 1, 20)) ->
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize(
     ("config", "key"),
-    [("Int8WeightOnlyConfig", "int8:1x-1:float32"), ("Float8WeightOnlyConfig", "float8_e4m3fn:1x-1:float32")],
+    [
+        ("Int8WeightOnlyConfig", "int8:1x-1:float32"),
+        ("Float8WeightOnlyConfig", "float8_e4m3fn:1x-1:float32"),
+        ("IntxWeightOnlyConfig", "int8:1x-1:bfloat16:zero"),
+    ],
 )
 def test_torchao_weight_only(config: str, key: str, inner: str) -> None:
     site = _run(_torchao(config), inner)
