@@ -254,10 +254,8 @@ class _Graph:
     ) -> tuple[Proposal, Plan] | Reject:
         """The same in the form in which the op reads the block's weights; a Reject where there is none."""
         with self._stage("match") as failed:
-            found_forms = forms(graph, region, proposal, found.computed)
-            if isinstance(found_forms, Reject):
-                return found_forms
-            return planning.formed_plan(region, found_forms, (proposal, plan), self.options)
+            of_weights = forms(graph, region, proposal, found.computed)
+            return planning.formed_plan(region, of_weights, (proposal, plan), self.options)
         return failed[0]
 
     def _verify(self, twin: Twin, small: Proposal, plan: Plan, bounds: IdRange, training: bool) -> Reject | None:

@@ -6,8 +6,7 @@ mathematics with the weights as codes, of which the requests for a kernel or a m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
@@ -78,19 +77,25 @@ def quantised_plan(
 
 
 def formed_plan(
-    region: Region, forms: Sequence[Proposal], proved: tuple[Proposal, Plan], options: Options
-) -> tuple[Proposal, Plan]:
+    region: Region, forms: Iterable[Proposal | Reject], proved: tuple[Proposal, Plan], options: Options
+) -> tuple[Proposal, Plan] | Reject:
     """The first of the forms in which the weights can be read that has a kernel, with its plan; ``proved`` for the form
-    that was.  Raises MoEFxUnsupportedError where none has."""
+    that was.  Raises MoEFxUnsupportedError where the kernel that was asked for reads none of them."""
+    refused: MoEFxUnsupportedError | None = None
     for form in forms:
+        if isinstance(form, Reject):
+            if refused is not None:
+                raise refused
+            return form
         if form.spec == proved[0].spec:
             return form, proved[1]
         if _device(runnable(fake(form.operands[0]).device)).kind == "cpu":
             form = replace(form, spec=replace(form.spec, quant=_exact_inputs(form.spec.quant)))
-        # where a kernel that was asked for reads no codes, it may read what the graph makes of them
-        with nullcontext() if form.operands == forms[-1].operands else suppress(MoEFxUnsupportedError):
+        try:
             return form, plan_for(region, form, False, options)
-    raise AssertionError("the last form returns or raises")
+        except MoEFxUnsupportedError as error:  # it may read what the graph makes of the codes
+            refused = error
+    raise AssertionError("the last form is a proved one or a Reject")
 
 
 def _exact_inputs(quant: QuantSpec) -> QuantSpec:

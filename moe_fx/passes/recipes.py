@@ -9,7 +9,7 @@ fits their shapes says.  Where it is no known scheme it stays in the graph and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,24 +46,25 @@ class _Held:
 
 def forms(
     graph: Graph, region: Region, proposal: Proposal, found: dict[tuple[Node, ...], Computed]
-) -> list[Proposal] | Reject:
-    """How the op can read the block's weights, the best first: over the codes they are made of, as what the graph makes
-    of them.  A Reject where neither can be."""
+) -> Iterator[Proposal | Reject]:
+    """How the op can read the block's weights, the best first, made when it is asked for: over the codes they are made
+    of, as what the graph makes of them.  A Reject where nothing else can be."""
     wrapped = any(is_wrapped(node) for node in proposal.operands)
     keys = input_keys(region)
     if not wrapped and keys == ("", "") and not any(b.params in found for b in (*region.ups, region.down)):
-        return [proposal]
-    over = None if region.training or keys is None else over_codes(graph, proposal, found, keys)
-    codes = [] if over is None else [over]
+        yield proposal
+        return
+    if not region.training and keys is not None and (over := over_codes(graph, proposal, found, keys)) is not None:
+        yield over
     first = proposal.operands[0]
     if keys != ("", "") or any(node.target is held for node in proposal.operands):
         text = "gradients through" if region.training else "no known scheme is the same for all"
-        return codes or Reject("match.weights", f"{text} products with codes", first.name)
-    plain = unwrapped(graph, proposal)
-    if plain is None and not codes:
+        yield Reject("match.weights", f"{text} products with codes", first.name)
+    elif (plain := unwrapped(graph, proposal)) is not None:
+        yield plain
+    else:
         text = f"a {type(fake(first)).__name__} multiplies otherwise than what it stands for"
-        return Reject("match.weights", text, first.name)
-    return codes if plain is None else [*codes, plain]
+        yield Reject("match.weights", text, first.name)
 
 
 def over_codes(

@@ -79,6 +79,16 @@ def test_torchao_weight_only(config: str, key: str, inner: str) -> None:
     assert site.spec.quant.w13 == site.spec.quant.w2 == key
 
 
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao_runs_on_codes(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight is dequantised beside the codes that the op reads."""
+    model = _torchao(config)
+    _run(model, "eager", (9,))  # makes tables
+    seen = watched(monkeypatch)
+    _run(model, "eager", (9,))
+    assert seen.most == H * I
+
+
 def _replaced(make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     """The block with its experts' Linears replaced."""
     torch.manual_seed(0)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fx.binding import Experts, Matrices, Vectors, split_gate_up
+from moe_fx.binding import Experts, Matrices, Quantised, Vectors, split_gate_up
+from moe_fx.kernels.experts.codes import matrix, numbers, scaled_after, scales
 from moe_fx.reference.activations import activation
 from moe_fx.reference.experts import dtype_of, rounding_of
-from moe_fx.reference.quantise import matrix
 from moe_fx.spec import ExpertSpec, MoESpec
 
 Segment = tuple[int, int, int]  # expert, first sorted row, row after the last
@@ -173,14 +173,20 @@ def products(
     if out is None:
         out = inputs.new_empty((inputs.shape[0], sizes_of(matrices)[1 if back else 0]))
     sizes = [stop - start for _, start, stop in chunk]
+    after = not back and scaled_after(matrices, inputs.dtype)
     if isinstance(matrices, Tensor) and matrices.dtype == inputs.dtype:
         whole = matrices if back else matrices.transpose(1, 2)
         chosen: Iterable[Tensor] = [whole.select(0, expert) for expert, _, _ in chunk]
+    elif after:
+        chosen = (numbers(matrices, expert, inputs.dtype).t() for expert, _, _ in chunk)
     else:  # one at a time: a cast or dequantised matrix lives for one product
-        found = (matrix(matrices, expert, inputs.dtype) for expert, _, _ in chunk)
+        space = inputs.new_empty(sizes_of(matrices)) if isinstance(matrices, Quantised) else None
+        found = (matrix(matrices, expert, inputs.dtype, space) for expert, _, _ in chunk)
         chosen = found if back else (m.t() for m in found)
-    for rows, one, result in zip(inputs.split(sizes), chosen, out.split(sizes), strict=True):
+    for (expert, _, _), rows, one, result in zip(chunk, inputs.split(sizes), chosen, out.split(sizes), strict=True):
         torch.mm(rows, one, out=result)
+        if after:
+            result.mul_(scales(matrices, expert))
     return out
 
 

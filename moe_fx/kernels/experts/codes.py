@@ -1,0 +1,165 @@
+"""The matrix that codes stand for, made fast: ``reference.quantise.dequantise`` to the bit, in two or three passes.
+
+The scales of whole rows, or of a whole matrix, multiply the product instead (``numbers``, ``scales``).
+
+codes → numbers: pairs of them out of a table (two bytes of e4m3, a byte of four bits), which is ten times faster than
+torch's own cast of e4m3; int8 needs none.  numbers - zero: whole numbers, exact.  numbers * scale: in float32, rounded
+once.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fx.binding import Matrices, Quantised
+from moe_fx.quant import ZERO_OF, QuantKey
+from moe_fx.reference.formats import CODEBOOKS, CODED, decode, unpack
+from moe_fx.reference.quantise import dequantise
+
+BLOCK = 1 << 17  # numbers of a matrix that a CPU makes at a time
+_BITSANDBYTES = {"nf4": "nf4", "fp4_bnb": "fp4"}
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WORDS = {2: torch.int32, 4: torch.int64}  # size of a number → a word that holds two
+
+
+def matrix(matrices: Matrices, e: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The matrix [out, in] of expert ``e`` in ``dtype``, plain or quantised; of no other expert.  out: a tensor of that
+    shape and dtype, where codes may be written to."""
+    found = matrices[e]
+    if not isinstance(found, Quantised):
+        return found.to(dtype)
+    if found.key.bits not in (4, 8) or dtype not in _DTYPES:
+        return dequantise(found, dtype)
+    codes, scale, zero, whole = found.codes, found.scale, found.zero, found.global_scale
+    assert isinstance(codes, Tensor)
+    assert isinstance(scale, Tensor)
+    cols = codes.shape[1] * 8 // found.key.bits
+    if found.key.dtype in _BITSANDBYTES and "bitsandbytes" in sys.modules and _flat(found, cols):
+        return _by_library(found, cols, dtype)
+    scale = scale.float() if not isinstance(whole, Tensor) else whole.float() * scale.float()
+    if out is None:
+        out = torch.empty((codes.shape[0], cols), dtype=dtype, device=codes.device)
+    step = _step(found.key, cols) if codes.device.type == "cpu" else codes.shape[0]
+    for first in range(0, codes.shape[0], step):
+        rows = slice(first, first + step)
+        numbers, place = _numbers(codes[rows], found.key, dtype), out[rows]
+        if isinstance(zero, Tensor):
+            exact = torch.empty_like(place)
+            _each(torch.sub, numbers, _rows(zero, found.key, rows).float(), found.key, exact)
+            numbers = exact
+        _each(torch.mul, numbers, _rows(scale, found.key, rows), found.key, place)
+    return out
+
+
+def scaled_after(matrices: Matrices, dtype: torch.dtype) -> bool:
+    """Whether a product with ``numbers`` can be scaled instead of the matrix: one scale an output, or one for all.
+    Products of float16 could overflow."""
+    if not isinstance(matrices, Quantised) or dtype not in (torch.bfloat16, torch.float32):
+        return False
+    key = matrices.key
+    return key.bits == 8 and key.group in ((1, -1), (-1, -1)) and not key.zero_points and not key.global_scale
+
+
+def numbers(matrices: Matrices, e: int, dtype: torch.dtype) -> Tensor:
+    """The codes [out, in] of expert ``e`` as numbers."""
+    found = matrices[e]
+    assert isinstance(found, Quantised)
+    assert isinstance(found.codes, Tensor)
+    return _numbers(found.codes, found.key, dtype).to(dtype)
+
+
+def scales(matrices: Matrices, e: int) -> Tensor:
+    """float32 [out], or [1]: what multiplies the results of ``numbers``."""
+    found = matrices[e]
+    assert isinstance(found, Quantised)
+    assert isinstance(found.scale, Tensor)
+    return found.scale.float().reshape(-1)
+
+
+def _flat(found: Quantised, cols: int) -> bool:
+    """Whether codes and scales lie as bitsandbytes has them, in blocks that it knows."""
+    assert isinstance(found.codes, Tensor)
+    assert isinstance(found.scale, Tensor)
+    row, col = found.key.group
+    block = cols if col == -1 else col
+    fits = row == 1 and cols % block == 0 and block in _BLOCKS
+    return fits and found.codes.is_contiguous() and found.scale.is_contiguous() and found.scale.dtype is torch.float32
+
+
+def _by_library(found: Quantised, cols: int, dtype: torch.dtype) -> Tensor:
+    """bitsandbytes' own, where a model of its is loaded: the same bits, in one pass."""
+    assert isinstance(found.codes, Tensor)
+    assert isinstance(found.scale, Tensor)
+    block, size = cols if found.key.group.col == -1 else found.key.group.col, [found.codes.shape[0], cols]
+    name = _BITSANDBYTES[found.key.dtype]
+    flat = found.codes.view(-1, 1), found.scale.view(-1)
+    made: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(*flat, block, name, size, dtype)
+    return made
+
+
+def _step(key: QuantKey, cols: int) -> int:
+    """Rows at a time, whole groups of them: what lies between stays in the cache."""
+    row = max(key.group.row, 1)
+    return max(BLOCK // max(cols, 1) // row, 1) * row
+
+
+def _rows(groups: Tensor, key: QuantKey, rows: slice) -> Tensor:
+    """Of one value a group those of some rows, the first of which begins a group."""
+    row = key.group.row
+    if row == -1:
+        return groups
+    return groups[rows] if row == 1 else groups[rows.start // row : -(-rows.stop // row)]
+
+
+def _each(function: Any, numbers: Tensor, groups: Tensor, key: QuantKey, out: Tensor) -> None:
+    """out [rows, cols] = function(number, value of its group), in float32, rounded once."""
+    (rows, cols), (row, col) = out.shape, key.group
+    if row not in (-1, 1):
+        groups = groups.repeat_interleave(row, 0)[:rows]
+    if col == -1 or col >= cols:
+        function(numbers, groups, out=out)
+    elif cols % col:
+        function(numbers, groups.repeat_interleave(col, 1)[:, :cols], out=out)
+    else:
+        apart = (rows, cols // col, col)
+        function(numbers.reshape(apart), groups[..., None], out=out.view(apart))
+
+
+def _numbers(codes: Tensor, key: QuantKey, dtype: torch.dtype) -> Tensor:
+    """What the codes mean without scale and zero point, in a dtype that holds it: int8 as it is."""
+    if key.dtype == "int8":
+        return codes
+    kept = torch.float32 if key.dtype in CODEBOOKS else dtype
+    if key.bits == 4:
+        table = _pairs(key.dtype, key.zero_points, kept, codes.device)
+        return table.index_select(0, codes.reshape(-1).int()).view(kept).view(codes.shape[0], -1)
+    if not codes.is_contiguous() or codes.shape[1] % 2 or codes.storage_offset() % 2:
+        table = _singles(kept, codes.device)
+        return table.index_select(0, codes.view(torch.uint8).reshape(-1).int()).view(codes.shape)
+    table = _pairs(key.dtype, key.zero_points, kept, codes.device)
+    return table.index_select(0, codes.view(torch.uint16).view(-1).int()).view(kept).view(codes.shape)
+
+
+@lru_cache(maxsize=64)
+def _pairs(name: str, zero_points: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For every byte of two codes, or two bytes of one each, both numbers in one word."""
+    if name == "float8_e4m3fn":
+        single = _singles(dtype, device)
+        both = torch.stack((single.repeat(256), single.repeat_interleave(256)), -1)  # the lower byte is the first
+    else:
+        codes = unpack(torch.arange(256, dtype=torch.uint8, device=device)[:, None], name)
+        zero = 0 if zero_points else ZERO_OF.get(name, 0)
+        both = decode(codes, name, dtype) if name in CODED else codes.to(dtype) - zero
+    return both.contiguous().view(_WORDS[dtype.itemsize]).view(-1)
+
+
+@lru_cache(maxsize=64)
+def _singles(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers of all codes of e4m3."""
+    return torch.arange(256, device=device).to(torch.uint8).view(torch.float8_e4m3fn).to(dtype)
