@@ -37,7 +37,7 @@ from moe_fx.passes.id_range import IdRange, id_range
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.match import Proposal, propose
 from moe_fx.passes.origin import fqn_of, source_of
-from moe_fx.passes.readings import Reading, read_products, restore
+from moe_fx.passes.readings import Reading, read_products, restore, settle
 from moe_fx.passes.recipes import forms
 from moe_fx.passes.regions import Region, describe, graph_parts
 from moe_fx.passes.rewrite import rewrite
@@ -190,6 +190,9 @@ class _Graph:
             for site in sites:
                 RECORDER.add(site)
             data_sizes.retrace()
+        taken = {node for _, region, *_ in accepted for node in region.nodes}
+        for graph, read in self.readings:
+            settle(graph, read, taken)
         self._rewrite(accepted, sites)
         for graph, left in self.readings:
             restore(graph, left)

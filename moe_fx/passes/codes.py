@@ -18,6 +18,7 @@ from moe_fx.binding import Quantised
 from moe_fx.quant import GroupShape, QuantKey
 from moe_fx.reference.formats import CODEBOOKS
 
+_FAR = (1e-30, 1e-12, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 300.0, 1e3, 1e4, 6e4, 1e9, 1e30)
 _BLOCKS = (16, 32, 64, 128, 256)
 Part = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of what one matrix has of a tensor
 _CODES = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
@@ -103,6 +104,32 @@ def draw(parts: Sequence[Part], seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     most = max(prod(shape) for shape, _ in parts)
     return [_draw(list(shape), dtype, prod(shape) * 8 >= most, generator) for shape, dtype in parts]
+
+
+def draw_special(parts: Sequence[Part], constants: Sequence[float] = ()) -> list[Tensor]:
+    """A sample of what code may ask for: scales of 0, NaN, 1, far too small or large ones, and those that it names;
+    every exponent but that of NaN (of plain bytes the smallest); codes of NaN; zero points of four bits."""
+    generator = torch.Generator().manual_seed(7)
+    most = max(prod(shape) for shape, _ in parts)
+    return [_special(list(shape), dtype, prod(shape) * 8 >= most, constants, generator) for shape, dtype in parts]
+
+
+def _special(
+    shape: list[int], dtype: torch.dtype, codes: bool, constants: Sequence[float], generator: torch.Generator
+) -> Tensor:
+    if dtype is torch.float8_e4m3fn:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).view(dtype)
+    if dtype is torch.float8_e8m0fnu:
+        return torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8).view(dtype)
+    if dtype is torch.uint8 and not codes:  # exponents, or zero points
+        return torch.randint(0, 16, shape, generator=generator, dtype=dtype)
+    if not dtype.is_floating_point:
+        info = torch.iinfo(dtype)
+        return torch.randint(info.min, info.max + 1, shape, generator=generator, dtype=dtype)
+    named = [n for c in constants for n in (c, c * (1 - 2**-6), c * (1 + 2**-6))]
+    values = torch.tensor([0.0, 1.0, torch.nan, *_FAR, *named], dtype=torch.float64)
+    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return (sign * values[torch.randint(0, len(values), shape, generator=generator)]).to(dtype)
 
 
 def _draw(shape: list[int], dtype: torch.dtype, codes: bool, generator: torch.Generator) -> Tensor:

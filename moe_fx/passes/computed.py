@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
@@ -29,12 +29,14 @@ _PARTS = {"unbind"}
 class Computed:
     """nodes: one result [E, a, b], or E of [a, b] in order of expert.  sources: of each the placeholders it is made of,
     in the order in which ``text``, the same for all of them, names them.  picked: each takes its own expert's part of
-    stacked sources."""
+    stacked sources.  scaled: the same computation from scales that the graph computes apart (``absmax / 127``), which
+    stay in the graph; None where there are none."""
 
     nodes: tuple[Node, ...]
     sources: tuple[tuple[Node, ...], ...]
     text: str
     picked: bool
+    scaled: Computed | None = None
 
     @property
     def of_codes(self) -> bool:
@@ -70,16 +72,15 @@ def find_computed(flow: Dataflow, weights: set[Node], derived: set[Node]) -> lis
         for group in numbered_alike(list(by_source)):
             members_of = [by_source[node] for node in group]
             found.append(Computed(tuple(n for n, _ in members_of), tuple(s for _, s in members_of), spelt, False))
+    found = [replace(c, scaled=_from_scales(c, flow, written)) for c in found]
     return sorted(found, key=lambda c: flow.position[c.nodes[0]])
 
 
-def from_scales(computed: Computed) -> Computed | None:
-    """The same computation from scales that the graph computes apart (``absmax / 127``), which stay in the graph; None
-    where there are none."""
+def _from_scales(computed: Computed, flow: Dataflow, written: set[int]) -> Computed | None:
     if computed.picked:
         return None
     sources = tuple(_small(node) for node in computed.nodes)
-    if sources == computed.sources:
+    if sources == computed.sources or any(flow.storages[s] & written for each in sources for s in each):
         return None
     return Computed(computed.nodes, sources, f"from scales: {computed.text}", False)
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_fx.ops_fp8 import scheme
+from moe_fx.ops_library import scheme
 from moe_fx.passes.banks import GATHERS
 from moe_fx.passes.dataflow import fake, target_name
 from moe_fx.passes.readings import Builder, Meaning, op_of, reader, rounded
 from moe_fx.passes.regions import Region
 from moe_fx.passes.roundings import rounding_of
-from moe_fx.quant import GroupShape, QuantKey
+from moe_fx.quant import INT8_CHANNEL, GroupShape, QuantKey
 
 _SAME_ROWS = {"reshape", "view", "flatten", "contiguous", "to", "squeeze", "unsqueeze"}
 _FOUR_BITS = {"nf4": "nf4", "fp4": "fp4_bnb"}
@@ -75,6 +75,14 @@ def _one(scales: Any) -> Node | None:
     """The scales of an operand, which may come as a list; None where there are several."""
     found = scales if isinstance(scales, (list, tuple)) else [scales]
     return found[0] if len(found) == 1 and isinstance(found[0], Node) else None
+
+
+@reader("moe_fx::int8_linear")
+def _eight_bit(builder: Builder, node: Node) -> Meaning | None:
+    """x [..., K], codes of [N, K], the magnitude that 127 stands for of each row."""
+    a = arguments(node)
+    scale = builder.call("mul", builder.call("unsqueeze", a["magnitude"], 1), 1 / 127)
+    return Meaning(a["x"], a["codes"], scale, str(INT8_CHANNEL), bias=a["bias"])
 
 
 @reader("moe_fx::fp8_linear", "moe_fx::fp8_grouped_mm")

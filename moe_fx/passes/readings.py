@@ -13,9 +13,8 @@ the call of a library is read so, it and its reading are run on a sample of its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.fx import Graph, Node
 
 from moe_fx.binding import Quantised
 from moe_fx.passes.codes import draw
-from moe_fx.passes.dataflow import fake, identity, tensor, value
+from moe_fx.passes.dataflow import Dataflow, fake, identity, tensor, value
 from moe_fx.passes.exact import grouped_mm
 from moe_fx.passes.fingerprint import describe_value, text_of
 from moe_fx.passes.isolation import isolated
@@ -82,108 +81,95 @@ def reader(*names: str) -> Callable[[Reader], Reader]:
 
 @dataclass(slots=True)
 class Builder:
-    """Inserts nodes before one call and remembers where its inputs went.  calls: what they are read from, in order."""
+    """Inserts nodes before one call.  calls: what they are read from."""
 
     graph: Graph
     calls: list[Node]
     new: list[Node] = field(default_factory=list)
-    places: dict[Node, tuple[Node, int]] = field(default_factory=dict)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A call of a function, or of the method that ``target`` names."""
+        op = "call_method" if isinstance(target, str) else "call_function"
         with self.graph.inserting_before(self.calls[-1]):
-            node = insert_call(
-                self.graph, "call_method" if isinstance(target, str) else "call_function", target, args, kwargs
-            )
-        self.note(node)
-        return node
+            self.new.append(insert_call(self.graph, op, target, args, kwargs))
+        return self.new[-1]
 
     def put(self, target: Any, *args: Any, like: Tensor) -> Node:
-        """A call whose value is as ``like``."""
+        """A call of a function whose value is as ``like``."""
         with self.graph.inserting_before(self.calls[-1]):
-            node = self.graph.call_function(target, args)
-        node.meta["example_value"] = like
-        self.note(node)
-        return node
-
-    def note(self, node: Node) -> None:
-        self.new.append(node)
-        for i, arg in enumerate(node.args):
-            if isinstance(arg, Node):
-                self.places.setdefault(arg, (node, i))
+            self.new.append(self.graph.call_function(target, args))
+        self.new[-1].meta["example_value"] = like
+        return self.new[-1]
 
     def sized(self, node: Node, *size: int) -> Node:
         """The node in that shape."""
         return node if tuple(fake(node).shape) == size else self.call("reshape", node, size)
 
-    def drop(self) -> None:
-        for node in reversed(self.new):
-            if not node.users:
-                self.graph.erase_node(node)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A node as it was."""
-
-    node: Node
-    op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    meta: dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """y: the result as it is read now.  before: the calls that gave it.  new: all nodes of the reading.  places: where
-    what the calls read stands now, (node, position in its args)."""
+    """y: the result as it is read now.  calls: those that gave it, the last one the product; they stay where they are,
+    and nothing reads the product.  new: all nodes of the reading."""
 
     y: Node
-    before: tuple[_Call, ...]
+    calls: tuple[Node, ...]
     new: tuple[Node, ...]
-    places: dict[Node, tuple[Node, int]]
 
 
 def read_products(graph: Graph, found: list[Reading]) -> None:
-    """Reads every call that a reader understands, in place, and adds the readings to ``found``."""
+    """Reads every call that a reader understands, and adds the readings to ``found``."""
+    flow: Dataflow | None = None
     for node in list(graph.nodes):
         op = op_of(node)
         function = None if op is None else READERS.get(op._schema.name)
-        if function is not None and tensor(node) is not None:
-            builder = Builder(graph, [node])
-            meaning = function(builder, node)
-            reading = None if meaning is None else _read(builder, meaning)
-            if reading is None:
-                builder.drop()
-            else:
-                found.append(reading)
+        if function is None or tensor(node) is None:
+            continue
+        flow = flow or Dataflow(graph)
+        builder = Builder(graph, [node])
+        meaning = function(builder, node)
+        y = None if meaning is None or not _together(flow, builder.calls) else _read(builder, meaning)
+        if y is None:
+            _erase(graph, builder.new)
+            continue
+        node.replace_all_uses_with(y)
+        found.append(Reading(y, tuple(builder.calls), tuple(builder.new)))
+
+
+def settle(graph: Graph, readings: list[Reading], taken: set[Node]) -> None:
+    """Before blocks are rewritten: the calls that the readings in ``taken`` stand for go."""
+    for reading in readings:
+        if reading.y in taken:
+            _erase(graph, reading.calls)
 
 
 def restore(graph: Graph, readings: list[Reading]) -> None:
-    """Puts the calls back whose results are still read from their readings."""
+    """Results that are still read from their readings come from their calls again."""
     for reading in readings:
-        if not reading.y.users:  # a block took it: ``rewrite`` erases nodes that nothing reads
-            continue
-        copies = {old: at.args[i] for old, (at, i) in reading.places.items()}
-        with graph.inserting_before(reading.y):
-            for call in reading.before:
-                now = partial(_now, copies)
-                args: Any = torch.fx.node.map_arg(call.args, now)
-                kwargs: Any = torch.fx.node.map_arg(call.kwargs, now)
-                node = graph.create_node(call.op, call.target, args, kwargs)
-                node.meta = call.meta
-                copies[call.node] = node
-        reading.y.replace_all_uses_with(copies[reading.before[-1].node])  # type: ignore[arg-type]
-        for node in reversed(reading.new):
-            if not node.users:
-                graph.erase_node(node)
+        product = reading.calls[-1]
+        if reading.y.users and product in graph.nodes:
+            reading.y.replace_all_uses_with(product)
+            _erase(graph, reading.new)
     if readings and graph.owning_module is not None:
         graph.owning_module.recompile()
 
 
-def _now(copies: dict[Node, Any], node: Node) -> Any:
-    return copies.get(node, node)  # a placeholder stays what it is
+def _erase(graph: Graph, nodes: Sequence[Node]) -> None:
+    """Those that nothing reads, the last first."""
+    for node in reversed(nodes):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _together(flow: Dataflow, calls: list[Node]) -> bool:
+    """Whether the calls see the same as one call in the place of the last: nothing that they touch is written to in
+    between, and no mode changes; under autocast torch's product is another than a library's."""
+    first, last = (edge(flow.position[node] for node in calls) for edge in (min, max))
+    touched = {s for node in calls for n in (node, *node.all_input_nodes) for s in flow.storages.get(n, ())}
+    writes = [w for node in flow.nodes[first : last + 1] if node not in calls for w in flow.writes[node]]
+    modes = {flow.modes[node] for node in calls}
+    quiet = not any(flow.storages[w] & touched for w in writes)
+    autocast = next(iter(modes)).autocast is not None or torch.is_autocast_enabled(fake(flow.nodes[last]).device.type)
+    return quiet and len(modes) == 1 and not autocast
 
 
 def op_of(node: Node) -> torch._ops.OpOverload | None:
@@ -196,41 +182,30 @@ def op_of(node: Node) -> torch._ops.OpOverload | None:
     return getattr(getattr(torch.ops.aten, name, None), "default", None)
 
 
-def _read(builder: Builder, meaning: Meaning) -> Reading | None:
-    """The calls of ``builder`` as one product; None where the two differ, or some input got lost."""
+def _read(builder: Builder, meaning: Meaning) -> Node | None:
+    """The calls of ``builder`` as one product; None where the two differ."""
     graph = builder.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
-    calls = builder.calls = sorted(builder.calls, key=order.__getitem__)
-    last = calls[-1]
+    builder.calls.sort(key=order.__getitem__)
+    last = builder.calls[-1]
     op = op_of(last)
     ours = op is not None and op.namespace == "moe_fx"  # their meaning is tested with them, and needs no bank of codes
     if not ours and not _agrees(builder, meaning):
         return None
-    x, dtype = meaning.x, fake(meaning.x).dtype
+    x, out = meaning.x, fake(last)
     *stack, size = fake(meaning.codes).shape
-    size = size * 8 // parse_key(meaning.key).bits
-    m = builder.put(held, meaning.codes, meaning.scale, meaning.key, dtype, like=fake(x).new_empty(*stack, size))
+    matrices = fake(x).new_empty(*stack, size * 8 // parse_key(meaning.key).bits)
+    m = builder.put(held, meaning.codes, meaning.scale, meaning.key, fake(x).dtype, like=matrices)
     rows = builder.put(rounded, x, meaning.inputs, like=torch.empty_like(fake(x))) if meaning.inputs else x
-    with graph.inserting_before(last):
-        if meaning.ends is None:
-            y = graph.call_function(F.linear, (rows, m, meaning.bias))
-        else:
-            across = builder.call("transpose", m, 1, 2)
-            y = graph.call_function(grouped_mm, (rows, across, meaning.ends))
-        builder.note(y)
-        if dtype != fake(last).dtype:
-            y.meta["example_value"] = fake(last)
-            y = graph.call_method("to", (y, fake(last).dtype))
-            builder.note(y)
-    y.meta = dict(last.meta)
-    before = tuple(_Call(n, n.op, n.target, n.args, n.kwargs, n.meta) for n in calls)
-    if any(n.op != "placeholder" and n not in builder.places for n in _outer(calls)):
-        return None
-    last.replace_all_uses_with(y)
-    for node in reversed(calls):
-        if not node.users:
-            graph.erase_node(node)
-    return Reading(y, before, tuple(builder.new), builder.places)
+    like = torch.empty_like(out, dtype=fake(x).dtype)
+    if meaning.ends is None:
+        y = builder.put(F.linear, rows, m, meaning.bias, like=like)
+    else:
+        y = builder.put(grouped_mm, rows, builder.call("transpose", m, 1, 2), meaning.ends, like=like)
+    if out.dtype != like.dtype:
+        y = builder.call("to", y, out.dtype)
+    y.meta = last.meta | {"example_value": y.meta["example_value"]}
+    return y
 
 
 def _outer(calls: list[Node]) -> list[Node]:
@@ -259,8 +234,8 @@ def _agrees(builder: Builder, meaning: Meaning) -> bool:
 
 def _compare(builder: Builder, meaning: Meaning, outer: list[Node]) -> bool:
     env = sample(outer, meaning.x)
-    x = env[meaning.x]
-    found = run(builder.calls, dict(env))[builder.calls[-1]]
+    x, calls = env[meaning.x], builder.calls
+    found = run(calls, dict(env))[calls[-1]]
     views = run(builder.new, dict(env))
     bias = 0 if meaning.bias is None else views[meaning.bias].double()
     codes = views[meaning.codes]
@@ -270,17 +245,17 @@ def _compare(builder: Builder, meaning: Meaning, outer: list[Node]) -> bool:
     bound = 4 * torch.finfo(found.dtype).eps * (exact.abs() + abs(bias))
     if not bool(((found.double() - exact - bias).abs() <= bound).all()):
         return False
-    if meaning.inputs:
-        return True
-    # an op that rounds its inputs loses what stands beside a large one, and a part of what does not
+    # an op that rounds its inputs otherwise loses what stands beside a large one, and a part of what does not
     normal = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x)
-    return all(
-        _close(builder.calls, env | {meaning.x: rows}, rows, matrix, bias) for rows in (normal, normal + 2**11 * x)
-    )
+    for rows in (normal, normal + 2**11 * x):
+        seen = rounded(rows, meaning.inputs) if meaning.inputs else rows
+        if not _close(calls, env | {meaning.x: rows}, seen, matrix, bias):
+            return False
+    return True
 
 
 def _close(calls: list[Node], env: dict[Node, Any], x: Tensor, matrix: Tensor, bias: Any) -> bool:
-    """Whether the calls are about as exact as torch's product in the dtype of x."""
+    """Whether the calls are about as exact as torch's product with rows x, in their dtype."""
     exact = (x.to(matrix.dtype) @ matrix.mT).double() + bias
     own, usual = run(calls, env)[calls[-1]], x @ matrix.mT.to(x) + bias
     return bool((own.double() - exact).norm() <= 4 * (usual.double() - exact).norm())
@@ -298,7 +273,9 @@ def sample(nodes: list[Node], x: Node) -> dict[Node, Any]:
     *lead, width = (_size(s) for s in fake(x).shape)
     count = math.prod(lead)
     rows = torch.zeros(count, width, dtype=fake(x).dtype)
-    rows[torch.arange(count), torch.randint(width, (count,), generator=torch.Generator().manual_seed(2))] = 2.0**-6
+    generator = torch.Generator().manual_seed(2)
+    sign = torch.randint(2, (count,), generator=generator) * 2 - 1
+    rows[torch.arange(count), torch.randint(width, (count,), generator=generator)] = (sign * 2.0**-6).to(rows.dtype)
     found[x] = rows.reshape(*lead, width).to(device)
     return found
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from moe_fx.binding import MATRICES, Operand, WeightBinding
-from moe_fx.passes.codes import Part, Recipe, as_quantised, candidates, draw
-from moe_fx.passes.computed import Computed, from_scales
+from moe_fx.binding import MATRICES, Operand, Quantised, WeightBinding
+from moe_fx.passes.codes import Part, Recipe, as_quantised, candidates, draw, draw_special
+from moe_fx.passes.computed import Computed
 from moe_fx.passes.dataflow import fake
 from moe_fx.passes.exact import run_exact
 from moe_fx.passes.isolation import isolated
@@ -26,6 +27,7 @@ from moe_fx.passes.products import input_keys
 from moe_fx.passes.readings import held
 from moe_fx.passes.regions import Region
 from moe_fx.passes.rewrite import insert_call
+from moe_fx.passes.sampling import constants
 from moe_fx.passes.wrapped import Inside, inside_of, is_wrapped
 from moe_fx.quant import GroupShape, QuantSpec, parse_key
 from moe_fx.reasons import Reject
@@ -124,8 +126,8 @@ def unwrapped(graph: Graph, proposal: Proposal) -> Proposal | None:
 def _held(graph: Graph, nodes: tuple[Node, ...], found: dict[tuple[Node, ...], Computed]) -> _Held | None:
     if (computed := found.get(nodes)) is not None:
         recipe = recipe_of(computed)
-        if recipe is None and (apart := from_scales(computed)) is not None:
-            computed, recipe = apart, recipe_of(apart)
+        if recipe is None and (scaled := computed.scaled) is not None:
+            computed, recipe = scaled, recipe_of(scaled)
         if recipe is None:
             return None
         sources = computed.sources
@@ -198,20 +200,30 @@ def _proved(computed: Computed) -> Recipe | None:
         t = fake(source)
         shape = tuple(int(s) for s in t.shape)
         first = by_expert and bool(shape) and shape[0] == count
+        if by_expert and not first:
+            return None  # what all experts share is no operand of theirs
         whole.append(((few, *shape[1:]) if first and stack else shape, t.dtype))
         one.append((shape[1:] if first else shape, t.dtype))
-    drawn = draw(whole)
     lead = (few,) if stack else ()
-    try:
-        (found,) = run_exact(module, [t.double() if t.is_floating_point() else t for t in drawn])
-    except Exception:  # noqa: BLE001  any failure on samples means: not understood
-        return None
-    parts = [t[0] if computed.picked else t for t in drawn]
+    samples: list[tuple[list[Tensor], Tensor]] = []
+    for drawn in (draw(whole), draw_special(whole, constants(module.graph.nodes))):
+        try:
+            (found,) = run_exact(module, [t.double() if t.is_floating_point() else t for t in drawn])
+        except Exception:  # noqa: BLE001  any failure on samples means: not understood
+            return None
+        samples.append(([t[0] if computed.picked else t for t in drawn], found))
     for recipe in candidates(one, a, b):
-        expected = dequantise(as_quantised(recipe, parts, lead, a, b), torch.float64)
-        if found.shape == expected.shape and bool(((found - expected).abs() <= 1e-9 * expected.abs()).all()):
+        if all(_same(found, as_quantised(recipe, parts, lead, a, b)) for parts, found in samples):
             return recipe
     return None
+
+
+def _same(found: Tensor, quantised: Quantised) -> bool:
+    """Whether the codes stand for what was computed; NaN for NaN."""
+    expected = dequantise(quantised, torch.float64)
+    if found.shape != expected.shape:
+        return False
+    return bool((((found - expected).abs() <= 1e-9 * expected.abs()) | (found.isnan() & expected.isnan())).all())
 
 
 def _module(computed: Computed) -> GraphModule:

@@ -8,6 +8,7 @@ The calls in between are run on a sample, and must give for each element the cod
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from moe_fx.passes.readings import run, sample
 from moe_fx.quant import GroupShape, QuantKey
 from moe_fx.reference.quantise import round_to
 
-_MOST_CALLS = 24
+_MOST_CALLS, _DRAWS = 24, 8
 _CODES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.int8: "int8"}
 
 
@@ -90,16 +91,20 @@ def _rounds(x: Node, calls: list[Node], codes: Node, scale: Node, key: QuantKey)
     outer = list(dict.fromkeys(i for n in calls for i in n.all_input_nodes if i not in calls))
     env = sample(outer, x)
     generator = torch.Generator().manual_seed(4)
-    size = env[x].shape
-    rows = torch.randn(size, generator=generator)
-    rows *= torch.exp2(torch.randint(-9, 9, (size[0], 1), generator=generator))
-    rows[0] = 0
-    env[x] = given = rows.to(env[x])
-    done = run(calls, env)
-    spread = done[scale].double()
-    if spread.ndim == 2 and spread.shape[1] > 1:
-        spread = spread.repeat_interleave(key.group.col, 1)[:, : given.shape[1]]
-    wide = given.double()
-    found, nearest = done[codes].double() * spread, round_to(wide, key)
-    # in the middle between two codes both are right
-    return bool(((found - wide).abs() <= (nearest - wide).abs() + 1e-5 * wide.abs()).all())
+    size, most = env[x].shape, math.frexp(torch.finfo(env[x].dtype).max)[1]
+    for _ in range(_DRAWS):
+        rows = torch.randn(size, generator=generator)
+        rows *= torch.exp2(torch.randint(-9, min(most - 4, 40), (size[0], 1), generator=generator))
+        if size[0] > 1:
+            rows[0] = 0
+        env[x] = given = rows.to(env[x])
+        done = run(calls, dict(env))
+        spread = done[scale].double()
+        if spread.ndim == 2 and spread.shape[1] > 1:
+            spread = spread.repeat_interleave(key.group.col, 1)[:, : given.shape[1]]
+        wide = given.double()
+        found, nearest = done[codes].double() * spread, round_to(wide, key)
+        # in the middle between two codes both are right
+        if not bool(((found - wide).abs() <= (nearest - wide).abs() + 1e-5 * wide.abs()).all()):
+            return False
+    return True

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from moe_fx.ops_fp8 import LIBRARY
+from moe_fx.ops_library import LIBRARY
 from moe_fx.passes.capture.hooks import decline, substitute
 from moe_fx.passes.isolation import isolated
 from moe_fx.passes.sampling import lazy_zeros
@@ -60,6 +60,12 @@ def asked_for(tracer: Any, function: Any, args: list[Any]) -> tuple[str, Any, Mo
     return args[1].as_python_constant(), _realized(args[0]), module if isinstance(module, Module) else None
 
 
+def plain_attributes(owner: Any) -> tuple[tuple[str, Any], ...]:
+    """The numbers and words that an object holds: its class's functions may read them."""
+    held = getattr(owner, "__dict__", {})
+    return tuple(sorted((n, v) for n, v in held.items() if isinstance(v, (bool, int, float, str))))
+
+
 def _realized(variable: Any) -> Any:
     return variable.realize() if hasattr(variable, "realize") else variable
 
@@ -67,7 +73,8 @@ def _realized(variable: Any) -> Any:
 def _distrust(module: Module, body: Any) -> str:
     """ "" when the class's loop and ``body`` agree, else how they differ."""
     shapes = tuple((n, tuple(p.shape), p.dtype, p.device) for n, p in module.named_parameters())
-    key = (type(module), tuple(getattr(module, f, None) for f in _FLAGS), shapes, str(getattr(module, "act_fn", "")))
+    flags = tuple(getattr(module, f, None) for f in _FLAGS)
+    key = (type(module), flags, shapes, str(getattr(module, "act_fn", "")), plain_attributes(module))
     if key not in _TRUSTED:
         with isolated(), torch.no_grad(), torch.autocast("cpu", enabled=False):
             _TRUSTED[key] = _compare(module, body)

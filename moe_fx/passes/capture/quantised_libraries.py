@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn import Parameter
 
-from moe_fx.ops_fp8 import LIBRARY, fp8_grouped_mm, fp8_linear
+from moe_fx.ops_library import LIBRARY, fp8_grouped_mm, fp8_linear, int8_linear
 from moe_fx.passes.capture.hooks import decline, substitute
-from moe_fx.passes.capture.hugging_face import asked_for
+from moe_fx.passes.capture.hugging_face import asked_for, plain_attributes
 from moe_fx.passes.isolation import isolated
 from moe_fx.reasons import Reject
 
@@ -46,6 +46,11 @@ def _linear(
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``FP8Experts``, of every implementation: rows sorted by expert, one product for all experts of a projection."""
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+        kept: Tensor = sys.modules[LIBRARY].fp8_grouped_mm_experts_forward(
+            self, hidden_states, top_k_index, top_k_weights
+        )
+        return kept
     block = None if self.block_size is None else list(self.block_size)
     up = (self.gate_up_proj, self.gate_up_proj_scale_inv) if self.has_gate else (self.up_proj, self.up_proj_scale_inv)
     tokens, k = top_k_index.shape
@@ -59,7 +64,7 @@ def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     rows = rows * top_k_weights.reshape(-1)[order].to(rows.dtype).unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.size(0), device=order.device)
-    return rows[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+    return rows[back].view(tokens, k, hidden_states.size(-1)).sum(dim=1).to(hidden_states.dtype)
 
 
 def _matmul_4bit(
@@ -71,8 +76,8 @@ def _matmul_4bit(
 ) -> Tensor:
     """``bitsandbytes.matmul_4bit``."""
     gradient = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
-    packed = getattr(quant_state, "packing_format_for_cpu", False)
-    if gradient or packed or out is not None or A.shape[-1] != quant_state.shape[1]:
+    packed = getattr(quant_state, "packing_format_for_cpu", False) or A.shape[-1] != quant_state.shape[1]
+    if gradient or packed or out is not None or (quant_state.nested and quant_state.state2.blocksize != 256):
         kept: Tensor = sys.modules["bitsandbytes.autograd._functions"].matmul_4bit(A, B, quant_state, out, bias)
         return kept
     if guard_or_false(A.numel() == 0):
@@ -86,6 +91,23 @@ def _matmul_4bit(
     found: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
         A, B.view(-1, 1), quant_state.shape, absmax, quant_state.blocksize, quant_state.quant_type, bias=bias, **nested
     )
+    return found
+
+
+def _matmul_8bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    state: Any = None,
+    threshold: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``bitsandbytes.matmul`` of weights that are codes already, in inference."""
+    gradient = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
+    if gradient or out is not None or state is None or state.CB is None or state.has_fp16_weights or state.is_training:
+        kept: Tensor = sys.modules["bitsandbytes.autograd._functions"].matmul(A, B, out, state, threshold, bias)
+        return kept
+    found: Tensor = int8_linear(A, state.CB, state.SCB, bias, threshold if threshold > 0.0 else state.threshold)
     return found
 
 
@@ -120,6 +142,7 @@ def _mxfp4_matrices(
 FORMS: dict[tuple[str, str], Any] = {
     (LIBRARY, "fp8_linear"): _linear,
     ("transformers.integrations.mxfp4", "_convert_moe_packed_tensors"): _mxfp4_matrices,
+    ("bitsandbytes.autograd._functions", "matmul"): _matmul_8bit,
     ("bitsandbytes.autograd._functions", "matmul_4bit"): _matmul_4bit,
     ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear.forward"): _row_scaled_linear,
 }
@@ -134,11 +157,17 @@ def library_function(tracer: Any, function: Any, args: list[Any], kwargs: dict[s
         for name in path.split("."):
             found = getattr(found, name, None)
         # a form may leave a call to the library
-        if found is not None and called is found and tracer.f_code is not body.__code__:
+        if _own(module, found) and called is found and tracer.f_code is not body.__code__:
             from torch._dynamo.variables import UserFunctionVariable
 
             return UserFunctionVariable(body).call_function(tracer, args, kwargs)
     return None
+
+
+def _own(module: str, function: Any) -> bool:
+    """Whether a function found in a library was written there, and put there by nobody else."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == getattr(sys.modules.get(module), "__file__", "")
 
 
 @substitute
@@ -167,8 +196,11 @@ def _distrust(module: Any) -> str:
     """ "" when the class's loop and ``_experts`` agree, else how they differ."""
     if module.activation_scheme != "dynamic" or module.has_bias or getattr(module, "_is_expert_parallel", False):
         return "static scales of inputs, biases and expert parallelism are not read"
-    if module.linear.__module__ != LIBRARY:
+    library = sys.modules[LIBRARY]
+    if not _own(LIBRARY, module.linear) or not _own(LIBRARY, getattr(library, "fp8_linear", None)):
         return "its products are not transformers'"
+    if any(p.element_size() > 1 for n, p in module.named_parameters() if n.endswith("_proj")):
+        return "its weights are floats"
     shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
     key: tuple[Any, ...] = (
         type(module),
@@ -177,7 +209,7 @@ def _distrust(module: Any) -> str:
         shapes,
         str(module.act_fn),
     )
-    key += tuple(getattr(module, name, None) for name in ("swiglu_alpha", "swiglu_limit", "gate_softcap", "up_softcap"))
+    key += plain_attributes(module), plain_attributes(getattr(module, "config", None))
     key += inspect.unwrap(type(module).forward), getattr(module._apply_gate, "__func__", module._apply_gate)
     if key not in _TRUSTED:
         with isolated(), torch.no_grad(), torch.autocast("cpu", enabled=False):

@@ -1,4 +1,8 @@
-"""The products of transformers' fine-grained fp8 modules, as ops: a graph names what a library's kernel computes.
+"""Products of libraries over codes, as ops: a graph names what a library's kernel computes.
+
+``moe_fx::int8_linear``     x [..., in], codes int8 [out, in], magnitudes float32 [out] → x @ (codes * magnitude / 127)
+
+is bitsandbytes' product of 8 bits, which rounds inputs to int8 but for columns with outliers (``threshold``).
 
 ``moe_fx::fp8_linear``      x [..., in], codes [out, in], scales of blocks → rounded x @ matrix + bias [..., out]
 ``moe_fx::fp8_grouped_mm``  x [S, in] by expert, codes [E, out, in], ends [E] → [S, out]; rows after the last end are 0
@@ -95,3 +99,23 @@ def fp8_grouped_mm(x: Tensor, weight: Tensor, scale: Tensor, ends: Tensor, block
 @fp8_grouped_mm.register_fake
 def _(x: Tensor, weight: Tensor, scale: Tensor, ends: Tensor, block: list[int] | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("moe_fx::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, codes: Tensor, magnitude: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """See the module's text; as bitsandbytes computes it in inference."""
+    ops, rows = torch.ops.bitsandbytes, x.reshape(-1, x.shape[-1])
+    if not rows.shape[0]:
+        return x.new_empty(*x.shape[:-1], codes.shape[0])
+    found, scale, outliers = ops.int8_vectorwise_quant.default(rows.to(torch.float16, copy=True), threshold)
+    if threshold > 0.0:
+        y = ops.int8_mixed_scaled_mm.default(rows, found, codes, scale, magnitude, outliers, bias)[0]
+    else:
+        y = ops.int8_scaled_mm.default(found, codes, scale, magnitude, bias=bias, dtype=x.dtype)
+    out: Tensor = y.reshape(*x.shape[:-1], codes.shape[0])
+    return out
+
+
+@int8_linear.register_fake
+def _(x: Tensor, codes: Tensor, magnitude: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
