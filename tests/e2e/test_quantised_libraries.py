@@ -96,7 +96,7 @@ def _replaced(make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     for expert in model.experts:
         for name, linear in list(expert.named_children()):
             setattr(expert, name, make(linear))
-    return model
+    return model.eval()
 
 
 def _eight_bits(linear: nn.Linear) -> nn.Module:
@@ -110,6 +110,7 @@ def _four_bits(linear: nn.Linear, kind: str, nested: bool) -> nn.Module:
     library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: `make peers` runs this")
     sizes = linear.in_features, linear.out_features
     made = library.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type=kind)
+    made.support_avx512bf16_for_cpu = False  # a packing of its own, for CPUs that have those instructions
     made.weight = library.nn.Params4bit(
         linear.weight.data.clone(), requires_grad=False, quant_type=kind, compress_statistics=nested
     )
@@ -117,11 +118,15 @@ def _four_bits(linear: nn.Linear, kind: str, nested: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("form", ["int8", "nf4", "fp4", "nf4, nested"])
+@pytest.mark.parametrize("form", ["int8", "int8, outliers", "int8, training", "nf4", "fp4", "nf4, nested"])
 def test_bitsandbytes(form: str, inner: str) -> None:
-    kind, _, nested = form.partition(", ")
-    make = _eight_bits if kind == "int8" else partial(_four_bits, kind=kind, nested=bool(nested))
+    kind, _, more = form.partition(", ")
+    make = _eight_bits if kind == "int8" else partial(_four_bits, kind=kind, nested=more == "nested")
     model = _replaced(make)
+    for module in model.modules():
+        if more == "outliers" and hasattr(module, "state"):
+            module.state.threshold = 6.0
+    model.experts.train(more == "training")  # without rounding its inputs
     with torch.no_grad():
         model(torch.randn(64, H, dtype=torch.bfloat16))  # every expert has made its state
     site = _run(model, inner)
@@ -142,6 +147,20 @@ def test_bitsandbytes_runs_on_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watched(monkeypatch)
     _run(model, "eager", (9,))
     assert seen.most == H * I  # gate and up are apart
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_eight_bits_that_no_block_takes_are_the_library_s(threshold: float) -> None:
+    """A Linear by itself gives what it gave, to the bit, rounded inputs and outliers included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(_eight_bits(nn.Linear(H, I, bias=False, dtype=torch.bfloat16)), nn.ReLU()).eval()
+    model[0].state.threshold = threshold
+    x = torch.randn(9, H, dtype=torch.bfloat16)
+    with torch.no_grad():
+        usual = model(x.clone())
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="moe_fx", options={"inner_backend": "eager"})
+        assert torch.equal(run(x.clone()), usual)
 
 
 def test_a_gradient_through_bitsandbytes_is_left_to_the_library() -> None:

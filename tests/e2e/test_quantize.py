@@ -75,7 +75,9 @@ def test_products_stay_in_the_dtype_of_the_weights() -> None:
     y = compiled(model, quantize="int8_w8a16")(x)
     (site,) = all_fused(1).sites
     assert "expert.compute_dtype=bfloat16" in str(site.spec)
-    assert_close(y, rounded(model, INDEPENDENT["int8_w8a16"])(x), 1e-3)
+    usual = rounded(model, INDEPENDENT["int8_w8a16"])(x)
+    truth = ListBlock.forward(rounded(twin(model).double(), INDEPENDENT["int8_w8a16"]), x.double())
+    assert 1e-4 < relative(y, truth) <= 2 * relative(usual, truth) + 4 * torch.finfo(torch.bfloat16).eps
 
 
 # weights alone: no rounding of an input can go the other way

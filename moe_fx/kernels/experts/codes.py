@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,31 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WORDS = {2: torch.int32, 4: torch.int64}  # size of a number → a word that holds two
 
 
+class _Parts(NamedTuple):
+    """What one expert's matrix is made of."""
+
+    key: QuantKey
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    whole: Tensor | None
+
+    @classmethod
+    def of(cls, found: Quantised) -> _Parts:
+        parts: Any = (found.codes, found.scale, found.zero, found.global_scale)  # of one expert they are tensors
+        return cls(found.key, *parts)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1] * 8 // self.key.bits
+
+    @property
+    def block(self) -> int:
+        """Inputs that share a scale."""
+        return self.size[1] if self.key.group.col == -1 else self.key.group.col
+
+
 def matrix(matrices: Matrices, e: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The matrix [out, in] of expert ``e`` in ``dtype``, plain or quantised; of no other expert.  out: a tensor of that
     shape and dtype, where codes may be written to."""
@@ -36,24 +61,21 @@ def matrix(matrices: Matrices, e: int, dtype: torch.dtype, out: Tensor | None = 
         return found.to(dtype)
     if found.key.bits not in (4, 8) or dtype not in _DTYPES:
         return dequantise(found, dtype)
-    codes, scale, zero, whole = found.codes, found.scale, found.zero, found.global_scale
-    assert isinstance(codes, Tensor)
-    assert isinstance(scale, Tensor)
-    cols = codes.shape[1] * 8 // found.key.bits
-    if found.key.dtype in _BITSANDBYTES and "bitsandbytes" in sys.modules and _flat(found, cols):
-        return _by_library(found, cols, dtype)
-    scale = scale.float() if not isinstance(whole, Tensor) else whole.float() * scale.float()
+    parts, key = _Parts.of(found), found.key
+    if _of_bitsandbytes(parts):
+        return _by_bitsandbytes(parts, dtype)
+    scale = parts.scale.float() if parts.whole is None else parts.whole.float() * parts.scale.float()
     if out is None:
-        out = torch.empty((codes.shape[0], cols), dtype=dtype, device=codes.device)
-    step = _step(found.key, cols) if codes.device.type == "cpu" else codes.shape[0]
-    for first in range(0, codes.shape[0], step):
+        out = torch.empty(parts.size, dtype=dtype, device=parts.codes.device)
+    step = _step(key, parts.size[1]) if parts.codes.device.type == "cpu" else parts.size[0]
+    for first in range(0, parts.size[0], step):
         rows = slice(first, first + step)
-        numbers, place = _numbers(codes[rows], found.key, dtype), out[rows]
-        if isinstance(zero, Tensor):
+        values, place = _numbers(parts.codes[rows], key, dtype), out[rows]
+        if parts.zero is not None:
             exact = torch.empty_like(place)
-            _each(torch.sub, numbers, _rows(zero, found.key, rows).float(), found.key, exact)
-            numbers = exact
-        _each(torch.mul, numbers, _rows(scale, found.key, rows), found.key, place)
+            _each(torch.sub, values, _rows(parts.zero, key, rows).float(), key, exact)
+            values = exact
+        _each(torch.mul, values, _rows(scale, key, rows), key, place)
     return out
 
 
@@ -66,40 +88,29 @@ def scaled_after(matrices: Matrices, dtype: torch.dtype) -> bool:
     return key.bits == 8 and key.group in ((1, -1), (-1, -1)) and not key.zero_points and not key.global_scale
 
 
-def numbers(matrices: Matrices, e: int, dtype: torch.dtype) -> Tensor:
+def numbers(matrices: Quantised, e: int, dtype: torch.dtype) -> Tensor:
     """The codes [out, in] of expert ``e`` as numbers."""
-    found = matrices[e]
-    assert isinstance(found, Quantised)
-    assert isinstance(found.codes, Tensor)
-    return _numbers(found.codes, found.key, dtype).to(dtype)
+    return _numbers(_Parts.of(matrices[e]).codes, matrices.key, dtype).to(dtype)
 
 
-def scales(matrices: Matrices, e: int) -> Tensor:
+def scales(matrices: Quantised, e: int) -> Tensor:
     """float32 [out], or [1]: what multiplies the results of ``numbers``."""
-    found = matrices[e]
-    assert isinstance(found, Quantised)
-    assert isinstance(found.scale, Tensor)
-    return found.scale.float().reshape(-1)
+    return _Parts.of(matrices[e]).scale.float().reshape(-1)
 
 
-def _flat(found: Quantised, cols: int) -> bool:
-    """Whether codes and scales lie as bitsandbytes has them, in blocks that it knows."""
-    assert isinstance(found.codes, Tensor)
-    assert isinstance(found.scale, Tensor)
-    row, col = found.key.group
-    block = cols if col == -1 else col
-    fits = row == 1 and cols % block == 0 and block in _BLOCKS
-    return fits and found.codes.is_contiguous() and found.scale.is_contiguous() and found.scale.dtype is torch.float32
+def _of_bitsandbytes(parts: _Parts) -> bool:
+    """Whether codes and scales lie as bitsandbytes has them, in blocks that it knows, and it is loaded."""
+    if parts.key.dtype not in _BITSANDBYTES or "bitsandbytes" not in sys.modules:
+        return False
+    whole = parts.codes.is_contiguous() and parts.scale.is_contiguous() and parts.scale.dtype is torch.float32
+    return whole and parts.key.group.row == 1 and parts.size[1] % parts.block == 0 and parts.block in _BLOCKS
 
 
-def _by_library(found: Quantised, cols: int, dtype: torch.dtype) -> Tensor:
-    """bitsandbytes' own, where a model of its is loaded: the same bits, in one pass."""
-    assert isinstance(found.codes, Tensor)
-    assert isinstance(found.scale, Tensor)
-    block, size = cols if found.key.group.col == -1 else found.key.group.col, [found.codes.shape[0], cols]
-    name = _BITSANDBYTES[found.key.dtype]
-    flat = found.codes.view(-1, 1), found.scale.view(-1)
-    made: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(*flat, block, name, size, dtype)
+def _by_bitsandbytes(parts: _Parts, dtype: torch.dtype) -> Tensor:
+    """Its own op: the same bits, in one pass."""
+    flat = parts.codes.view(-1, 1), parts.scale.view(-1)
+    name = _BITSANDBYTES[parts.key.dtype]
+    made: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(*flat, parts.block, name, list(parts.size), dtype)
     return made
 
 
