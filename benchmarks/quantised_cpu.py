@@ -9,12 +9,14 @@ The contestants take turns; the median of the rounds is printed, and how many ti
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -113,6 +115,15 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def _apart(model: nn.Module) -> nn.Module:
+    """A copy with code of its own: where Dynamo gives a loop up, it skips that code for every backend."""
+    own: Any = Block.forward
+    forward = FunctionType(own.__code__.replace(), own.__globals__)
+    twin = copy.deepcopy(model)
+    twin.__class__ = type("Block", (Block,), {"forward": forward})
+    return twin
+
+
 def measure(name: str, tokens: list[int], rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = FORMS[name]().eval()
@@ -120,7 +131,7 @@ def measure(name: str, tokens: list[int], rounds: int) -> list[dict[str, Any]]:
     torch._dynamo.reset()
     runs = {
         "eager": model,
-        "inductor": torch.compile(model, dynamic=True),
+        "inductor": torch.compile(_apart(model), dynamic=True),
         "moe_fx": torch.compile(model, backend="moe_fx", dynamic=True),
     }
     found = []

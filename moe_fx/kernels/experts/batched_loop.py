@@ -14,7 +14,8 @@ from torch import Tensor
 from moe_fx.binding import Experts
 from moe_fx.kernels.capability import NO_ALL2ALL
 from moe_fx.kernels.config.parallel import BATCHED
-from moe_fx.kernels.experts.reference import ALL, DEQUANTISE, EFFICIENCY
+from moe_fx.kernels.experts.codes import DEQUANTISE
+from moe_fx.kernels.experts.reference import ALL, EFFICIENCY
 from moe_fx.kernels.experts.rows import Segment, activate, down_products, rounded, up_products
 from moe_fx.kernels.experts.torch_experts import BatchedExperts
 from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata

@@ -17,7 +17,8 @@ from moe_fx.kernels.config import (
     FusedMoEQuantConfig,
     RoutingMethodType,
 )
-from moe_fx.kernels.experts.reference import ALL, DEQUANTISE, EFFICIENCY
+from moe_fx.kernels.experts.codes import DEQUANTISE
+from moe_fx.kernels.experts.reference import ALL, EFFICIENCY
 from moe_fx.kernels.experts.sorted_loop import SortedLoopExperts
 from moe_fx.kernels.experts.torch_experts import Scratch
 from moe_fx.kernels.modular_kernel.experts import FusedMoEExpertsMonolithic, Up

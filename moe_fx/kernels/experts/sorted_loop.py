@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_fx.binding import Experts
-from moe_fx.kernels.experts.reference import ALL, DEQUANTISE, EFFICIENCY
+from moe_fx.kernels.experts.codes import DEQUANTISE
+from moe_fx.kernels.experts.reference import ALL, EFFICIENCY
 from moe_fx.kernels.experts.rows import (
     CHUNK,
     INDICES,
