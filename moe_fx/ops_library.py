@@ -39,16 +39,22 @@ def scheme(weight: Tensor, scale: Tensor, block: list[int] | None) -> tuple[Quan
         raise MoEFxRuntimeError(f"scales of fp8 weights are one of {', '.join(map(str, _SCALES))}, not {scale.dtype}")
     four = weight.dtype is torch.int8
     rows, columns = int(weight.shape[-2]), int(weight.shape[-1]) * (2 if four else 1)
-    *_, down, across = (1, 1, *(int(s) for s in scale.shape))
+    down, across = grid(scale)
     sizes = tuple(block) if block and not four else (-(-rows // down), -(-columns // across))
     group = GroupShape(*(-1 if size >= whole else size for size, whole in zip(sizes, (rows, columns), strict=True)))
     key = QuantKey("float4_e2m1" if four else "float8_e4m3fn", group, _SCALES[scale.dtype])
     return key, FP8_TOKEN if across == 1 else FP8_GROUP
 
 
+def grid(scale: Tensor) -> tuple[int, int]:
+    """How many blocks a matrix has down and across, by its scales: [..., rows, columns], or one number."""
+    *_, down, across = (1, 1, *(int(s) for s in scale.shape))
+    return down, across
+
+
 def _matrix(weight: Tensor, scale: Tensor, key: QuantKey, dtype: torch.dtype) -> Tensor:
     """codes [out, in] → the matrix."""
-    scale = scale.reshape((1, 1) if scale.ndim < 2 else scale.shape)
+    scale = scale.reshape(grid(scale))
     return dequantise(Quantised(key, weight.view(torch.uint8) if key.bits == 4 else weight, scale), dtype)
 
 

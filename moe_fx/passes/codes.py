@@ -124,8 +124,7 @@ def _special(
     if dtype is torch.uint8 and not codes:  # exponents, or zero points
         return torch.randint(0, 16, shape, generator=generator, dtype=dtype)
     if not dtype.is_floating_point:
-        info = torch.iinfo(dtype)
-        return torch.randint(info.min, info.max + 1, shape, generator=generator, dtype=dtype)
+        return _draw(shape, dtype, codes, generator)
     named = [n for c in constants for n in (c, c * (1 - 2**-6), c * (1 + 2**-6))]
     values = torch.tensor([0.0, 1.0, torch.nan, *_FAR, *named], dtype=torch.float64)
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1

@@ -47,7 +47,7 @@ class Computed:
 
 def find_computed(flow: Dataflow, weights: set[Node], derived: set[Node]) -> list[Computed]:
     """Every group of computed matrices that products read, in order of position."""
-    roots = {root for use in flow.nodes if target_name(use) in PRODUCTS for root in _roots(use, derived)}
+    roots = {root for use in flow.nodes if target_name(use) in PRODUCTS for root in _roots(flow, use, derived)}
     written = {storage for node in flow.nodes for target in flow.writes[node] for storage in flow.storages[target]}
     found: list[Computed] = []
     apart: dict[tuple[tuple[Node, ...], str], list[tuple[int, Node, tuple[Node, ...]]]] = defaultdict(list)
@@ -106,20 +106,23 @@ def _placeholder(source: Node) -> Node:
     return source
 
 
-def _roots(use: Node, derived: set[Node]) -> list[Node]:
+def _roots(flow: Dataflow, use: Node, derived: set[Node]) -> list[Node]:
     """The computed matrices that a product reads, before what only turns, casts or picks them."""
     found = []
     for node in use.all_input_nodes:
-        while node in derived:
-            sources = [p for p in node.all_input_nodes if tensors(p)]
-            if target_name(node) not in _SAME_MATRIX | GATHERS | _PARTS or len(sources) != 1:
-                break
-            if sources[0] not in derived:
-                break
-            node = sources[0]
+        source = _same_matrix(flow, node)
+        while source is not None and (node not in derived or source in derived):
+            node, source = source, _same_matrix(flow, source)
         if node in derived and (t := tensor(node)) is not None and t.is_floating_point():
             found.append(node)
     return found
+
+
+def _same_matrix(flow: Dataflow, node: Node) -> Node | None:
+    """What ``node`` only turns, casts or picks from; None where it does more."""
+    name = target_name(node)
+    sources = [p for p in node.all_input_nodes if tensors(p) and not (name in GATHERS and p in flow.integers)]
+    return sources[0] if name in _SAME_MATRIX | GATHERS | _PARTS and len(sources) == 1 else None
 
 
 def sweep(graph: Graph, computed: Iterable[Computed]) -> None:

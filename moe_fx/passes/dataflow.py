@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import inspect
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +93,7 @@ class Dataflow:
         self.nodes = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.storages = {node: _storages(node) for node in self.nodes}
-        self.writes = {node: _written(node) for node in self.nodes}
+        self.writes = {node: written(node) for node in self.nodes}
         self.preds: dict[Node, list[Node]] = {}
         self.succs: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         self.modes = _modes(self.nodes)
@@ -196,16 +197,26 @@ class Dataflow:
         for node in self.nodes:
             sources = [p for p in self.preds[node] if tensors(p) or self.writes[p]]
             if sources and all(p in weights or p in found or p in constants for p in sources):
-                if node.op != "output" and all(self._own(node, written) for written in self.writes[node]):
+                if node.op != "output" and all(self._own(node, target) for target in self.writes[node]):
                     (constants if all(p in constants for p in sources) else found).add(node)
             elif not self.preds[node] and node.op == "call_function" and not self.is_random(node):
                 constants.add(node)
         return found
 
-    def _own(self, writer: Node, written: Node) -> bool:
-        """Whether nobody but ``writer`` ever reads what stood there before it."""
-        before = [n for n in self.nodes[: self.position[writer]] if self.storages[n] & self.storages[written]]
+    def _own(self, writer: Node, target: Node) -> bool:
+        """Whether nobody but ``writer`` ever reads what stood in ``target`` before it."""
+        sharing = {n for storage in self.storages[target] for n in self._holders[storage]}
+        before = [n for n in sharing if self.position[n] < self.position[writer]]
         return all(n.op.startswith("call") and len(n.users) == 1 for n in before)
+
+    @cached_property
+    def _holders(self) -> dict[int, list[Node]]:
+        """The nodes of each storage."""
+        found: dict[int, list[Node]] = defaultdict(list)
+        for node in self.nodes:
+            for storage in self.storages[node]:
+                found[storage].append(node)
+        return found
 
     def users(self, node: Node) -> list[Node]:
         """Live readers."""
@@ -241,27 +252,27 @@ def _storages(node: Node) -> set[int]:
     return found
 
 
-def _written(node: Node) -> list[Node]:
+def written(node: Node) -> list[Node]:
     """Arguments that the node writes to."""
     if node.op not in ("call_function", "call_method"):
         return []
     name = target_name(node)
     if name == "set_" and isinstance(node.args[0], Node) and list(node.args[0].users) == [node]:
         return []  # another memory for a tensor that nothing else reads (``module.weight.data = codes``)
-    written: list[object] = [node.kwargs.get("out")]
+    found: list[object] = [node.kwargs.get("out")]
     if node.target in _INPLACE_OPERATORS or name == "__setitem__":
-        written.append(node.args[0])
+        found.append(node.args[0])
     elif isinstance(node.target, torch._ops.OpOverload):
         for i, declared in enumerate(node.target._schema.arguments):
             if declared.alias_info is not None and declared.alias_info.is_write:
-                written.append(node.args[i] if i < len(node.args) else node.kwargs.get(declared.name))
+                found.append(node.args[i] if i < len(node.args) else node.kwargs.get(declared.name))
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
-        written += node.all_input_nodes if "mutation" in name else []
+        found += node.all_input_nodes if "mutation" in name else []
     elif node.target in (operator.and_, operator.or_):
         pass  # the underscore keeps a keyword of Python apart
     elif (name.endswith("_") and not name.endswith("__") and node.args) or _asks_inplace(node):
-        written.append(node.args[0] if node.args else node.kwargs.get("input"))
-    leaves = torch.utils._pytree.tree_leaves(written)  # ``out=(a, b)``, ``_foreach_mul_([a, b], 2)``
+        found.append(node.args[0] if node.args else node.kwargs.get("input"))
+    leaves = torch.utils._pytree.tree_leaves(found)  # ``out=(a, b)``, ``_foreach_mul_([a, b], 2)``
     return [w for w in leaves if isinstance(w, Node)]
 
 

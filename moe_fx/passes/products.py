@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_fx.ops_library import scheme
+from moe_fx.ops_library import grid, scheme
 from moe_fx.passes.banks import GATHERS
 from moe_fx.passes.dataflow import fake, target_name
 from moe_fx.passes.readings import Builder, Meaning, op_of, reader, rounded
@@ -62,7 +62,7 @@ def _scaled(builder: Builder, node: Node) -> Meaning | None:
         return None
     weights = turned.args[0]
     n = int(fake(weights).shape[0])
-    rounding = rounding_of(a["self"], of_rows)
+    rounding = rounding_of(a["self"], of_rows, builder.position)
     scales = fake(of_matrix).numel()
     if rounding is None or scales not in (1, n) or fake(weights).dtype is not torch.float8_e4m3fn:
         return None
@@ -96,8 +96,7 @@ def _fine_grained(builder: Builder, node: Node) -> Meaning | None:
     *stack, _, _ = (int(s) for s in fake(weights).shape)
     if key.bits == 4:
         weights = builder.call("view", weights, torch.uint8)
-    *_, down, across = (1, 1, *(int(s) for s in fake(scale).shape))
-    scale = builder.sized(scale, *stack, down, across)
+    scale = builder.sized(scale, *stack, *grid(fake(scale)))
     return Meaning(a["x"], weights, scale, str(key), str(inputs), a.get("bias"), a.get("ends"))
 
 

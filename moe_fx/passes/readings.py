@@ -81,10 +81,11 @@ def reader(*names: str) -> Callable[[Reader], Reader]:
 
 @dataclass(slots=True)
 class Builder:
-    """Inserts nodes before one call.  calls: what they are read from."""
+    """Inserts nodes before one call.  calls: what they are read from.  position: of the nodes in the graph."""
 
     graph: Graph
     calls: list[Node]
+    position: dict[Node, int]
     new: list[Node] = field(default_factory=list)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -125,13 +126,14 @@ def read_products(graph: Graph, found: list[Reading]) -> None:
         if function is None or tensor(node) is None:
             continue
         flow = flow or Dataflow(graph)
-        builder = Builder(graph, [node])
+        builder = Builder(graph, [node], flow.position)
         meaning = function(builder, node)
         y = None if meaning is None or not _together(flow, builder.calls) else _read(builder, meaning)
         if y is None:
             _erase(graph, builder.new)
             continue
         node.replace_all_uses_with(y)
+        flow.position.update(dict.fromkeys(builder.new, flow.position[node]))  # calls that follow may read them
         found.append(Reading(y, tuple(builder.calls), tuple(builder.new)))
 
 
@@ -144,9 +146,10 @@ def settle(graph: Graph, readings: list[Reading], taken: set[Node]) -> None:
 
 def restore(graph: Graph, readings: list[Reading]) -> None:
     """Results that are still read from their readings come from their calls again."""
+    there = set(graph.nodes)
     for reading in readings:
         product = reading.calls[-1]
-        if reading.y.users and product in graph.nodes:
+        if reading.y.users and product in there:
             reading.y.replace_all_uses_with(product)
             _erase(graph, reading.new)
     if readings and graph.owning_module is not None:
@@ -184,9 +187,7 @@ def op_of(node: Node) -> torch._ops.OpOverload | None:
 
 def _read(builder: Builder, meaning: Meaning) -> Node | None:
     """The calls of ``builder`` as one product; None where the two differ."""
-    graph = builder.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    builder.calls.sort(key=order.__getitem__)
+    builder.calls.sort(key=builder.position.__getitem__)
     last = builder.calls[-1]
     op = op_of(last)
     ours = op is not None and op.namespace == "moe_fx"  # their meaning is tested with them, and needs no bank of codes
@@ -208,33 +209,39 @@ def _read(builder: Builder, meaning: Meaning) -> Node | None:
     return y
 
 
-def _outer(calls: list[Node]) -> list[Node]:
+def outer(calls: list[Node]) -> list[Node]:
     """What the calls read from elsewhere."""
     return list(dict.fromkeys(i for n in calls for i in n.all_input_nodes if i not in calls))
+
+
+def text(calls: list[Node], *more: str) -> str:
+    """The calls, with the shapes, dtypes and devices of what they read: the same for calls that read the same."""
+    reads = outer(calls)
+    names, symbols = {node: f"i{i}" for i, node in enumerate(reads)}, dict[str, str]()
+    lines = [describe_value(value(node), symbols, {}) for node in reads]
+    for i, node in enumerate(calls):
+        lines.append(f"{node.op} {identity(node)} {text_of((node.args, node.kwargs), names, symbols)}")
+        names[node] = f"n{i}"
+    return "\n".join([*lines, *more])
 
 
 def _agrees(builder: Builder, meaning: Meaning) -> bool:
     """Whether the calls give the products of rows of zeros but for one element with ``held``; once for calls that read
     the same."""
-    outer = _outer(builder.calls)
-    names, symbols = {node: f"i{i}" for i, node in enumerate(outer)}, dict[str, str]()
-    lines = [describe_value(value(node), symbols, {}) for node in outer]
-    for i, node in enumerate(builder.calls):
-        lines.append(f"{node.op} {identity(node)} {text_of((node.args, node.kwargs), names, symbols)}")
-        names[node] = f"n{i}"
-    text = "\n".join([*lines, meaning.key, meaning.inputs])
-    if text not in _AGREED:
+    key = text(builder.calls, meaning.key, meaning.inputs)
+    if key not in _AGREED:
         with isolated():
             try:
-                _AGREED[text] = _compare(builder, meaning, outer)
+                _AGREED[key] = _compare(builder, meaning)
             except Exception:  # noqa: BLE001  an op may refuse any sample; then it is not read
-                _AGREED[text] = False
-    return _AGREED[text]
+                _AGREED[key] = False
+    return _AGREED[key]
 
 
-def _compare(builder: Builder, meaning: Meaning, outer: list[Node]) -> bool:
-    env = sample(outer, meaning.x)
-    x, calls = env[meaning.x], builder.calls
+def _compare(builder: Builder, meaning: Meaning) -> bool:
+    calls = builder.calls
+    env = sample(outer(calls), meaning.x)
+    x = env[meaning.x]
     found = run(calls, dict(env))[calls[-1]]
     views = run(builder.new, dict(env))
     bias = 0 if meaning.bias is None else views[meaning.bias].double()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_fx.passes.dataflow import fake, target_name, tensor, value
+from moe_fx.passes.dataflow import fake, target_name, tensor, value, written
 from moe_fx.passes.isolation import isolated
-from moe_fx.passes.readings import run, sample
+from moe_fx.passes.readings import outer, run, sample, text
 from moe_fx.quant import GroupShape, QuantKey
 from moe_fx.reference.quantise import round_to
 
@@ -33,9 +33,13 @@ class Rounding(NamedTuple):
     calls: list[Node]
 
 
-def rounding_of(codes: Node, scale: Node) -> Rounding | None:
-    """How codes [n, in] with scales [n, groups], or one, came about; None where they are no known rounding."""
-    found = _between(codes, scale)
+_KNOWN: dict[str, bool] = {}
+
+
+def rounding_of(codes: Node, scale: Node, position: dict[Node, int]) -> Rounding | None:
+    """How codes [n, in] with scales [n, groups], or one, came about; None where they are no known rounding.  Calls that
+    read the same are run once.  position: of the nodes in the graph."""
+    found = _between(codes, scale, position)
     if found is None or fake(codes).dtype not in _CODES:
         return None
     x, calls = found
@@ -44,21 +48,22 @@ def rounding_of(codes: Node, scale: Node) -> Rounding | None:
     if fake(scale).ndim == 2 and not (isinstance(across[0], int) and across[0] == 1):
         group = GroupShape(1, -1 if across[1] == 1 else -(-int(width) // int(across[1])))
     key = QuantKey(_CODES[fake(codes).dtype], group, static=False)  # type: ignore[arg-type]
-    with isolated():
-        try:
-            agrees = _rounds(x, calls, codes, scale, key)
-        except Exception:  # noqa: BLE001  what cannot be run on a sample is not understood
-            return None
-    return Rounding(x, str(key), calls) if agrees else None
+    read = text(calls, str(key), f"codes {calls.index(codes)} scale {calls.index(scale)}")
+    if read not in _KNOWN:
+        with isolated():
+            try:
+                _KNOWN[read] = _rounds(x, calls, codes, scale, key)
+            except Exception:  # noqa: BLE001  what cannot be run on a sample is not understood
+                _KNOWN[read] = False
+    return Rounding(x, str(key), calls) if _KNOWN[read] else None
 
 
-def _between(codes: Node, scale: Node) -> tuple[Node, list[Node]] | None:
+def _between(codes: Node, scale: Node, position: dict[Node, int]) -> tuple[Node, list[Node]] | None:
     """The nearest float tensor of which both are made, and the calls from it to them."""
-    order = {node: i for i, node in enumerate(codes.graph.nodes)}
     front, calls = {codes, scale}, set[Node]()
-    while len(front) > 1 or codes in front:
-        node = max(front, key=order.__getitem__)
-        if not node.op.startswith("call") or len(calls) == _MOST_CALLS or _writes(node):
+    while len(front) > 1 or codes in front or scale in front:
+        node = max(front, key=position.__getitem__)
+        if not node.op.startswith("call") or len(calls) == _MOST_CALLS or written(node):
             return None
         front.remove(node)
         calls.add(node)
@@ -74,7 +79,7 @@ def _between(codes: Node, scale: Node) -> tuple[Node, list[Node]] | None:
     while target_name(x) in ("to", "float", "double") and _widens(x):
         calls.add(x)
         (x,) = x.all_input_nodes
-    return x, sorted(calls, key=order.__getitem__)
+    return x, sorted(calls, key=position.__getitem__)
 
 
 def _widens(cast: Node) -> bool:
@@ -82,14 +87,8 @@ def _widens(cast: Node) -> bool:
     return source is not None and source.is_floating_point() and 2 <= source.dtype.itemsize <= fake(cast).dtype.itemsize
 
 
-def _writes(node: Node) -> bool:
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
-
-
 def _rounds(x: Node, calls: list[Node], codes: Node, scale: Node, key: QuantKey) -> bool:
-    outer = list(dict.fromkeys(i for n in calls for i in n.all_input_nodes if i not in calls))
-    env = sample(outer, x)
+    env = sample(outer(calls), x)
     generator = torch.Generator().manual_seed(4)
     size, most = env[x].shape, math.frexp(torch.finfo(env[x].dtype).max)[1]
     for _ in range(_DRAWS):
