@@ -2,6 +2,7 @@
 # make quick  the inner loop, under five minutes
 # make test   all that CI runs
 # make full   every cell of every table, and docs/zoo.md written anew
+# make interpreted  device code in Triton's interpreter, on a CPU
 # make peers  the experts of other libraries, which really run there (an environment of its own, 0.3 GB to download)
 
 PYTHON ?= python3
@@ -16,7 +17,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo quick test full peers lint format clean
+# in a process of its own: the interpreter takes the place of the compiler for all of it
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/device_code tests/kernels/test_experts.py
+
+.PHONY: demo quick test full interpreted peers lint format clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -41,12 +45,17 @@ quick: $(STAMP)
 # the tests run even where a linter complains, so that one run shows everything
 test: $(STAMP)
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
-	$(PYTEST) -m "not slow" || status=1; exit $$status
+	$(PYTEST) -m "not slow" || status=1; \
+	$(INTERPRETED) -m "not slow" || status=1; exit $$status
 
 full: $(STAMP)
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
 	$(PYTEST) || status=1; \
+	$(INTERPRETED) || status=1; \
 	$(BIN)/python -m tests.zoo.run --write docs/zoo.md || status=1; exit $$status
+
+interpreted: $(STAMP)
+	$(INTERPRETED)
 
 $(PEERS_STAMP): pyproject.toml constraints.txt constraints-peers.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

@@ -215,4 +215,15 @@ def _installed() -> frozenset[str]:
     """Features of this torch, and libraries that are there and usable.  Nothing of them is loaded."""
     features = {f"torch.{name}" for name in ("grouped_mm", "scaled_grouped_mm") if hasattr(torch.nn.functional, name)}
     libraries = {name for name in _LIBRARIES if library_file(name) is not None and _usable(name)}
-    return frozenset(features | libraries | {name for name in ("triton",) if importlib.util.find_spec(name)})
+    return frozenset(features | libraries | _triton())
+
+
+def _triton() -> set[str]:
+    """ "triton", and "moe_fx.triton" where it is one that runs device code of ours (tuples as arguments: 3.3)."""
+    if importlib.util.find_spec("triton") is None:
+        return set()
+    try:
+        major, minor = (int(n) for n in importlib.metadata.version("triton").split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # a build of another name: torch knows which it wants
+        return {"triton", "moe_fx.triton"}
+    return {"triton", "moe_fx.triton"} if (major, minor) >= (3, 3) else {"triton"}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_fx.binding import Experts, WeightBinding, bind, parse_binding
 from moe_fx.kernels.build import build, run
-from moe_fx.kernels.experts.backward import experts_backward
+from moe_fx.kernels.experts.torch_experts import TorchExperts
 from moe_fx.kernels.registry import Kernel, kernel
 from moe_fx.ops import Attributes, Call, contiguous_like, saved_like
 from moe_fx.plan import Plan, parse_plan
@@ -72,7 +72,11 @@ class Dispatch:
         views = bind(binding, grads, spec.expert.experts) if any(needs) else None
         with _named("the backward", call, spec):
             experts = _experts(call, "view")
-            dx, dweights = experts_backward(grad, call.x, call.ids, call.weights, experts, spec, views, saved)
+            kernel_of_forward = _kernel(call).experts
+            assert issubclass(kernel_of_forward, TorchExperts)  # the oracle vetoes others where gradients are wanted
+            dx, dweights = kernel_of_forward.differentiate(
+                grad, call.x, call.ids, call.weights, experts, spec, views, saved
+            )
         wanted = zip(grads, call.operands, needs, strict=True)
         return dx, dweights, [g if need else o.new_empty(0) for g, o, need in wanted]
 

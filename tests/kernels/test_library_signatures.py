@@ -226,7 +226,7 @@ def test_a_call_that_does_not_fit_is_seen() -> None:
 
 
 def test_every_adapter_is_a_row_of_the_table_and_has_a_layout() -> None:
-    adapted = [name for name in KERNELS if name in LIBRARIES]
+    adapted = [n for n in KERNELS if n in LIBRARIES and "moe_fx.triton" not in LIBRARIES[n].capability.packages]
     assert len(adapted) >= 30
     for name in adapted:
         row, chosen = LIBRARIES[name], KERNELS[name]

@@ -8,6 +8,7 @@ from moe_fx.kernels.experts import (
     routed_loop,
     sorted_loop,
     torch_grouped,
+    triton_experts,
 )
 from moe_fx.kernels.experts.backward import experts_backward
 
@@ -20,4 +21,5 @@ __all__ = [
     "routed_loop",
     "sorted_loop",
     "torch_grouped",
+    "triton_experts",
 ]

@@ -7,6 +7,7 @@ mathematics from the spec.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from moe_fx.kernels.config import (
 )
 from moe_fx.kernels.config.moe import FIELD_ACTIVATIONS, FIELD_PARAMS
 from moe_fx.kernels.config.quant import FusedMoEQuantDesc
+from moe_fx.kernels.experts.backward import experts_backward
 from moe_fx.kernels.modular_kernel.experts import FusedMoEExpertsModular, Shape, Up
 from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata
 from moe_fx.kernels.prepare_finalize.inputs import local_ids
@@ -64,6 +66,21 @@ class TorchExperts(FusedMoEExpertsModular):
     ) -> Tensor:
         """x [T, H], ids and weights [T, k] → y [T, H], a new tensor or ``scratch.result``; ids outside [0, E) add
         nothing.  Runs below autograd."""
+
+    @classmethod
+    def differentiate(
+        cls,
+        dy: Tensor,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        experts: Experts,
+        spec: MoESpec,
+        grads: Experts | None,
+        saved: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """See ``backward.experts_backward``, which all share that have no device code of their own."""
+        return experts_backward(dy, x, ids, weights, experts, spec, grads, saved)
 
     @property
     def expects_unquantized_inputs(self) -> bool:
