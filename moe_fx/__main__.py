@@ -1,4 +1,4 @@
-"""The command line: ``moe_fx explain MODEL``, ``moe_fx zoo``, ``moe_fx doctor`` (also as ``python -m moe_fx``).
+"""The command line: ``moe_fx explain MODEL | tune MODEL | zoo | doctor`` (also as ``python -m moe_fx``).
 
 Models get random weights and nothing is downloaded.  Exit code 0: done; 1: the zoo found a failure; 2: bad input.
 """
@@ -60,6 +60,9 @@ HOOKS = (
 )
 
 
+TUNED_AT = (8, 32, 128, 512, 2048, 8192, 32768, 131072)
+
+
 class UsageError(MoEFxError, ValueError):
     """The command line names something that does not exist or cannot be built here."""
 
@@ -69,15 +72,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moe_fx", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    explain = commands.add_parser("explain", help="what would be fused in a model, and why not the rest")
-    explain.add_argument("model", help="a transformers model type, a config (folder or .json), or module:callable")
-    explain.add_argument("--implementation", help="experts implementation of transformers: eager, batched_mm, …")
-    explain.add_argument("--dtype", default="bfloat16", help="dtype of the weights (bfloat16)")
-    explain.add_argument("--layers", type=int, help="number of layers, to shrink a model")
-    explain.add_argument("--tokens", type=int, default=8, help="length of the sampled input (8)")
-    explain.add_argument("--options", type=json.loads, default={}, help="options of moe_fx as JSON")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", help="a transformers model type, a config (folder or .json), or module:callable")
+    model.add_argument("--implementation", help="experts implementation of transformers: eager, batched_mm, …")
+    model.add_argument("--dtype", default="bfloat16", help="dtype of the weights (bfloat16)")
+    model.add_argument("--layers", type=int, help="number of layers, to shrink a model")
+    model.add_argument("--tokens", type=int, default=8, help="length of the sampled input (8)")
+    model.add_argument("--options", type=json.loads, default={}, help="options of moe_fx as JSON")
+
+    explain = commands.add_parser(
+        "explain", parents=[model], help="what would be fused in a model, and why not the rest"
+    )
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
     explain.set_defaults(run=_explain)
+
+    tune = commands.add_parser("tune", parents=[model], help="measure tile sizes of a model's layers on this GPU")
+    tune.add_argument("--rows", type=int, nargs="+", default=TUNED_AT, help="routed rows: tokens times top-k")
+    tune.set_defaults(run=_tune)
 
     zoo = commands.add_parser("zoo", add_help=False, help="families × implementations; arguments of tests.zoo.run")
     zoo.set_defaults(run=_zoo)
@@ -105,6 +116,34 @@ def _explain(args: argparse.Namespace) -> int:
     with torch.no_grad():
         report = moe_fx.explain(model, *inputs, options=args.options, **keywords)
     print(json.dumps(report.to_json(), indent=1)) if args.json else rich_print(report)
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    """Measures on the GPU and writes a file that every later process of this machine reads."""
+    import torch
+
+    import moe_fx
+    from moe_fx.hardware import detect
+
+    if not torch.cuda.is_available():
+        raise UsageError("tile sizes are those of device code, and this machine has no GPU: nothing to measure")
+    if "moe_fx.triton" not in detect(torch.device("cuda")).installed:
+        raise UsageError("device code needs triton 3.3 or later: pip install triton")
+    from moe_fx.kernels.triton import stopwatch, tiles
+
+    model, inputs, keywords = _model(args)
+    with torch.no_grad():
+        sites = moe_fx.explain(model, *inputs, options=args.options, **keywords).sites
+    name = torch.cuda.get_device_name()
+    source = f"moe_fx tune {args.model}, torch {torch.__version__}, triton {_version('triton')}"
+    specs = [site.spec for site in sites if site.spec is not None]
+    layers = dict.fromkeys(tiles.Layer.of(spec, getattr(torch, args.dtype)) for spec in specs)
+    if not layers:
+        raise UsageError(f"no mixture-of-experts block was recognised in {args.model}: see moe_fx explain")
+    for layer in layers:
+        found = list(tiles.search(args.rows, layer, stopwatch.of_layer(layer, torch.device("cuda"))))
+        print(f"{layer}: {len(found)} numbers of rows → {tiles.write(name, source, layer, found)}")
     return 0
 
 

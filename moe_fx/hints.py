@@ -29,6 +29,7 @@ HINTS: dict[str, str] = {
     "veto.combine": "another kernel serves this combination; nothing to do unless none does",
     "veto.storage": 'pass memory="copy" to allow a packed copy of the weights',
     "veto.shape": "pad the sizes to what the kernel lists, or leave it to another kernel",
+    "veto.capture": "drop mode='reduce-overhead' (or 'max-autotune'), or choose a kernel that can be captured",
     "veto.training": "call the model under torch.no_grad(), or freeze the weights, if no gradient is wanted",
     "veto.package": "install the package that the reason names",
     "veto.request": "drop the option kernel= or layout= to let the oracle choose",

@@ -33,7 +33,8 @@ from moe_fx.reasons import MoEFxRuntimeError, MoEFxUnsupportedError
 from moe_fx.reference import experts_backward as reference_backward
 from moe_fx.reference import experts_forward as reference_forward
 from moe_fx.reference.experts import compute_dtype, dtype_of
-from moe_fx.spec import MoESpec, parse
+from moe_fx.reference.router import route as reference_route
+from moe_fx.spec import MoESpec, RouterSpec, parse
 
 Attributes = tuple[str, ...]  # spec, binding, plan
 
@@ -64,6 +65,12 @@ class Implementation(Protocol):
         self, call: Call, grad: Tensor, saved: list[Tensor], needs: list[bool]
     ) -> tuple[Tensor, Tensor, list[Tensor]]: ...
 
+    def route(
+        self, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, spec: RouterSpec, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """As ``reference.router.route``."""
+        ...
+
 
 class ReferenceImplementation:
     """Runs the definition itself."""
@@ -85,6 +92,8 @@ class ReferenceImplementation:
         experts, dexperts = (bind(binding, tensors, spec.expert.experts) for tensors in (call.operands, grads))
         dx, dweights = reference_backward(grad, call.x, call.ids, call.weights, experts, spec, dexperts)
         return dx, dweights, [g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True)]
+
+    route = staticmethod(reference_route)
 
 
 _implementation: Implementation = ReferenceImplementation()
@@ -179,9 +188,8 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
         with torch._C._DisableAutocast():
             return run(*args)
 
-    # kernels may wait for the device, which a CUDA graph cannot hold
-    tags = [torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)])]
-    _LIBRARY.define(name + schema, tags=tuple(tags))
+    # A CUDA graph may hold them: where one is asked for, the plan has no kernel that waits (``veto.capture``).
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, below, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, _no_transform, "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"moe_fx::{name}", fake, lib=_LIBRARY)
@@ -233,6 +241,13 @@ def run(call: Call) -> Tensor:
     _check(call)
     refuse_forward_mode(call.x, call.weights, *call.operands)
     return _implementation.forward(call)
+
+
+def route(
+    logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, spec: RouterSpec, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """``reference.router.route``, by what runs the ops."""
+    return _implementation.route(logits, bias, expert_scale, spec, top_k)
 
 
 def _experts_fake(*args: Any) -> Tensor:

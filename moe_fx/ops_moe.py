@@ -16,6 +16,7 @@ The router's linear stays in the graph, because models return its logits.  The o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -31,6 +32,7 @@ from moe_fx.reference.router import route, route_backward, weights_dtype
 from moe_fx.spec import MoESpec, RouterSpec, parse
 
 Routed = tuple[Tensor, Tensor, Tensor]  # y, topk_ids, topk_weights
+Route = Callable[[Tensor, Tensor | None, Tensor | None, RouterSpec, int], tuple[Tensor, Tensor]]
 
 
 @lru_cache(maxsize=4096)
@@ -70,18 +72,18 @@ def _check(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding
 
 
 def routed(
-    x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str
+    x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, by: Route = route
 ) -> tuple[Tensor, Tensor, list[Tensor], str]:
-    """(ids, weights, the operands of the experts, their binding)."""
+    """(ids, weights, the operands of the experts, their binding).  by: what routes; the default can be traced."""
     _check(x, logits, operands, spec, binding)
     ops.refuse_forward_mode(x, logits, *operands)
     parsed, router, experts_binding, roles = _read(spec, binding)
     mine, bias, scale = _split(operands, roles)
-    return *route(logits, bias, scale, router, parsed.top_k), mine, experts_binding
+    return *by(logits, bias, scale, router, parsed.top_k), mine, experts_binding
 
 
 def _moe(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str) -> Routed:
-    ids, weights, mine, experts_binding = routed(x, logits, operands, spec, binding)
+    ids, weights, mine, experts_binding = routed(x, logits, operands, spec, binding, ops.route)
     _, bias, scale = _split(operands, _read(spec, binding)[-1])
     call = ops.call_of(x, ids, weights, mine, spec, experts_binding, plan)
     return ops.run(replace(call, logits=logits, router_bias=bias, expert_scale=scale)), ids, weights
@@ -90,7 +92,9 @@ def _moe(x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: 
 def _train(
     x: Tensor, logits: Tensor, operands: list[Tensor], spec: str, binding: str, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    ids, weights, mine, experts_binding = routed(x, logits, operands, spec, binding)
+    masked = _read(spec, binding)[1].weights_from == "masked"
+    by = route if masked else ops.route  # the backward asks the reference anew which groups are kept
+    ids, weights, mine, experts_binding = routed(x, logits, operands, spec, binding, by)
     y, saved = torch.ops.moe_fx.experts_train(x, ids, weights, mine, spec, experts_binding, plan)
     return y, ids, weights, saved
 

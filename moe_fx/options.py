@@ -54,6 +54,12 @@ class Options:
     policy: Literal["price", "priority"] = "price"
     workspace_bytes: int = 1 << 30
 
+    @property
+    def captured(self) -> bool:
+        """CUDA graphs will hold what is compiled, where there is such a device."""
+        asked = self.inductor.get("triton.cudagraphs", self.mode in ("reduce-overhead", "max-autotune"))
+        return bool(asked) or self.inner_backend == "cudagraphs"
+
 
 def resolve(options: dict[str, Any] | None, mode: str | None = None) -> Options:
     """Options from MOE_FX_OPTIONS, then ``options``, then ``mode``; MoEFxOptionError says what to write instead."""

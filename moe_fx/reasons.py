@@ -75,6 +75,7 @@ CODES: dict[str, str] = {
     "veto.storage": "the kernel does not read weights stored like this, and the layout may not be copied",
     "veto.shape": "the kernel does not take these sizes",
     "veto.training": "the kernel has no backward",
+    "veto.capture": "CUDA graphs are asked for, and a call of the kernel may wait for the device",
     "veto.package": "a package that the kernel needs is not installed or too old",
     "veto.request": "another kernel or layout was requested",
     "veto.scheme": "the kernel does not run weights or activations quantised like this",

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "spec": {"quant"},
     "binding": {"quant"},
     "hardware": set(),
+    "cache": set(),
     "plan": {"reasons"},
     "reference": {"quant", "spec", "binding"},
     "report": {"hints", "plan", "reasons", "spec"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"binding", "reasons", "reference", "spec", "plan"},
     "ops_moe": {"ops", "binding", "reasons", "reference", "spec"},
     "ops_library": {"binding", "quant", "reasons", "reference"},
-    "kernels": {"quant", "spec", "binding", "reference", "reasons", "hardware", "plan"},
+    "kernels": {"quant", "spec", "binding", "reference", "reasons", "hardware", "plan", "cache"},
     "weights": {"kernels.layouts", "binding", "quant", "reasons"},
     "oracle": {"kernels", "quant", "spec", "binding", "plan", "reasons", "hardware", "reference"},
     "passes": {"quant", "spec", "binding", "reference", "reasons", "ops", "ops_library"},
@@ -49,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "reasons",
         "reference",
         "options",
+        "cache",
     },
 }
 WIRES = {"__init__", "__main__", "backend", "planning", "api", "dump"}  # these know every room

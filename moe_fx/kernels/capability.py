@@ -47,6 +47,7 @@ class Capability:
     all2all: backends it works behind; "none" where tokens stay.  expert_parallel: it takes ids of other ranks.
     monolithic: it contains the router, one of ``routing`` on logits of ``logits``.
     batched: it takes one batch an expert instead of a list of tokens.
+    captures: architectures on which a call waits for nothing, so that a CUDA graph can hold it.
     batch_invariant: a token's result does not depend on the others.  lora: it takes adapters on experts.
     """
 
@@ -77,5 +78,6 @@ class Capability:
     routing: frozenset[str] = frozenset()
     logits: frozenset[str] = frozenset()
     batched: bool = False
+    captures: frozenset[str] = frozenset()
     batch_invariant: bool = False
     lora: bool = False

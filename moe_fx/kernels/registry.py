@@ -7,7 +7,7 @@ veto; the oracle reads capability and cost from here and adds nothing of its own
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from moe_fx.kernels.capability import Capability
@@ -29,7 +29,8 @@ class Cost:
     row), or "per_row" (copied for every routed row).
     launches(E, T, k): ops launched, arithmetic in its arguments (the oracle calls it with symbols; ``touched`` counts
     the rounds of a loop over experts that have tokens).  efficiency: share of the device's peak that its products
-    reach, by rows of one product (pairs of row count and share, ascending).
+    reach, by rows of one product (pairs of row count and share, ascending).  on_gpu: the same on devices other than
+    CPUs, where it is another ().
     dequantise: (bytes moved for each weight, ops launched for each expert) where weights are codes and the kernel makes
     floats of them before a product; zeros where it multiplies codes.
     """
@@ -38,6 +39,11 @@ class Cost:
     launches: Callable[[Any, Any, Any], Any]
     efficiency: tuple[tuple[int, float], ...] = field(default=((1, 0.5),))
     dequantise: tuple[float, int] = (0.0, 0)
+    on_gpu: tuple[tuple[int, float], ...] = ()
+
+    def on(self, device: str) -> Cost:
+        """The cost on that kind of device."""
+        return replace(self, efficiency=self.on_gpu) if self.on_gpu and device != "cpu" else self
 
 
 @dataclass(frozen=True, slots=True)

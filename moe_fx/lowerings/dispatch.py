@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, WeightBinding, bind, parse_binding
+from moe_fx.kernels import routing
 from moe_fx.kernels.build import build, run
 from moe_fx.kernels.experts.torch_experts import TorchExperts
 from moe_fx.kernels.registry import Kernel, kernel
 from moe_fx.ops import Attributes, Call, contiguous_like, saved_like
 from moe_fx.plan import Plan, parse_plan
 from moe_fx.reasons import MoEFxError, MoEFxRuntimeError, out_of_memory
-from moe_fx.spec import MoESpec, parse
+from moe_fx.reference.router import route as reference_route
+from moe_fx.spec import MoESpec, RouterSpec, parse
 from moe_fx.weights import STORE
 
 
@@ -38,13 +40,13 @@ def _parsed(attrs: Attributes) -> tuple[MoESpec, WeightBinding, Plan, tuple[Kern
 
 
 class Dispatch:
-    """Runs ``moe_fx::experts`` and its backward with the kernels of the registry."""
+    """Runs ``moe_fx::experts`` and its backward with the kernels of the registry, and the router of ``moe_fx::moe``."""
 
     def forward(self, call: Call) -> Tensor:
         spec, _, plan, _ = _parsed(call.attrs)
         chosen = _kernel(call)
         experts = _experts(call, plan.layout)
-        with _named(f"kernel {chosen.name!r}", call, spec):
+        with _named(f"kernel {chosen.name!r}", call.x, spec):
             if chosen.capability.monolithic:
                 return _whole(call, chosen, experts, spec)
             return run(chosen, call.x, call.ids, call.weights, experts, spec, plan.workspace_bytes)
@@ -55,7 +57,7 @@ class Dispatch:
             return self.forward(call), []
         chosen = _kernel(call)
         saved: list[Tensor] = []
-        with _named(f"kernel {chosen.name!r}", call, spec):
+        with _named(f"kernel {chosen.name!r}", call.x, spec):
             experts = _experts(call, plan.layout)
             y = run(chosen, call.x, call.ids, call.weights, experts, spec, plan.workspace_bytes, keep=saved)
         return y, saved if call.x.shape[0] else saved_like(call)  # no tokens: no kernel ran
@@ -70,7 +72,7 @@ class Dispatch:
             for o, need in zip(call.operands, needs, strict=True)
         ]
         views = bind(binding, grads, spec.expert.experts) if any(needs) else None
-        with _named("the backward", call, spec):
+        with _named("the backward", call.x, spec):
             experts = _experts(call, "view")
             kernel_of_forward = _kernel(call).experts
             assert issubclass(kernel_of_forward, TorchExperts)  # the oracle vetoes others where gradients are wanted
@@ -79,6 +81,15 @@ class Dispatch:
             )
         wanted = zip(grads, call.operands, needs, strict=True)
         return dx, dweights, [g if need else o.new_empty(0) for g, o, need in wanted]
+
+    def route(
+        self, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, spec: RouterSpec, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """By the kernel where it runs and serves the router, else as the reference does."""
+        given = (logits, bias, expert_scale, spec, top_k)
+        with _named("the router's kernel", logits, spec):
+            found = routing.route(*given)
+        return reference_route(*given) if found is None else found
 
 
 def _whole(call: Call, chosen: Kernel, experts: Experts, spec: MoESpec) -> Tensor:
@@ -105,13 +116,15 @@ def _experts(call: Call, layout: str) -> Experts:
 
 
 @contextmanager
-def _named(what: str, call: Call, spec: MoESpec) -> Iterator[None]:
-    """Whatever fails inside becomes an error of ours that says what ran on what."""
+def _named(what: str, rows: Tensor, spec: object) -> Iterator[None]:
+    """Whatever fails inside becomes an error of ours that says what ran on what.  Inside, the device of ``rows`` is the
+    current one: device code is launched there."""
     try:
-        yield
+        with torch.cuda.device_of(rows):
+            yield
     except MoEFxError:
         raise
     except Exception as error:
         if out_of_memory(error):
             raise  # as torch says it: callers free memory and try again
-        raise MoEFxRuntimeError(f"{what} failed on {call.x.shape[0]} tokens of {spec}: {error}") from error
+        raise MoEFxRuntimeError(f"{what} failed on {rows.shape[0]} tokens of {spec}: {error}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_fx import cache
 from moe_fx.binding import Experts, WeightBinding
 from moe_fx.kernels.build import run
 from moe_fx.kernels.registry import kernel
@@ -76,7 +77,7 @@ class TunedPlans:
     """Measured plans on disk, by whatever the measurement depends on; a second process does not measure again."""
 
     def __init__(self) -> None:
-        self.folder = Path(os.environ.get("MOE_FX_CACHE_DIR") or _inductor_cache()) / "moe_fx" / "tuned"
+        self.folder = cache.folder("tuned")
 
     def read(self, *key: object) -> Plan | None:
         """None where there is none, or none that this version can read."""
@@ -94,9 +95,3 @@ class TunedPlans:
 
     def _path(self, key: tuple[object, ...]) -> Path:
         return self.folder / f"{sha256(repr(key).encode()).hexdigest()[:24]}.json"
-
-
-def _inductor_cache() -> str:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return cache_dir()

@@ -24,7 +24,7 @@ class Int8MoeBackend(Enum):
 
 B = Int8MoeBackend
 TABLE: tuple[Backend[B], ...] = (
-    Backend(B.TRITON, ("triton",)),
+    Backend(B.TRITON, ("triton_int8",)),
     Backend(B.HUMMING, ("humming",)),
     Backend(B.CPU, ("zentorch", "vllm_cpu_int8", *OURS), where=on("cpu")),
 )

@@ -31,6 +31,7 @@ class Request:
     training: gradients of the weights are wanted.  kernel, layout: what the user insists on, None for no wish.
     memory: "view" reads the model's own storage; "copy" and "replace" allow a packed one.
     compiled: Inductor compiles the graph, so that a kernel may be written into it.
+    captured: CUDA graphs will hold the calls, so that none may wait for the device.
     workspace_bytes: most that the workspaces of a call may take.
     policy: "price" sorts survivors by predicted time, "priority" by declared rank.
     Raises MoEFxOptionError for a value that is none of these.
@@ -44,6 +45,7 @@ class Request:
     memory: Memory = "view"
     policy: Policy = "price"
     compiled: bool = False
+    captured: bool = False
     workspace_bytes: int = WORKSPACE_BYTES
 
     def __post_init__(self) -> None:

@@ -174,6 +174,20 @@ def _training(case: Case) -> Reject | None:
     return case.reject("veto.training", "gradients are wanted and it is forward only")
 
 
+def _captured(case: Case) -> Reject | None:
+    """On a device without graphs nothing is captured, whatever is asked for."""
+    if not case.request.captured or case.device.kind not in ("cuda", "rocm"):
+        return None
+    if case.device.arch not in case.capability.captures:
+        return case.reject("veto.capture", f"a call of it may wait for the device on {case.device.arch!r}")
+    if case.layout != VIEW:
+        text = "a graph that replays does not see that weights changed since they were copied"
+        return case.reject("veto.capture", text)
+    if case.request.training and case.kernel.experts.waits_in_backward(case.spec):
+        return case.reject("veto.capture", "its backward waits for the device")
+    return None
+
+
 def _compiled(case: Case) -> Reject | None:
     if not case.capability.compiled:
         return None
@@ -232,6 +246,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("binding.transposed", "binding.role"), _orientation),
     Rule(("binding.order", "binding.role"), _order),
     Rule(("request.training",), _training),
+    Rule(("request.captured", "request.training", "device.arch", "device.kind"), _captured),
     Rule(("request.compiled",), _compiled),
     Rule(("request.memory",), _copy_allowed),
     Rule(("request.training",), _copy_trains),

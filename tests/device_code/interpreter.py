@@ -1,11 +1,15 @@
-"""Triton's interpreter, as far as it differs from a device: ``tl.dot`` of bfloat16.
+"""Triton's interpreter, as far as it differs from a device: ``tl.dot`` of bfloat16, and programs one after the other.
 
 The interpreter holds bfloat16 as bit patterns, which numpy's matmul takes for integers (3.6 and 3.9).  Mended, a
 product of bfloat16 is that of the same numbers in float32, which is what a device computes.
+Programs run in order, so that one which writes what belongs to a later one goes unseen: ``backwards`` lets the last run
+first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,26 @@ def mend() -> None:
         return plain(self, _wide(a), _wide(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    in_order = interpreter.InterpreterBuilder.set_grid_idx
+
+    def set_grid_idx(self: Any, *place: int) -> None:
+        if _BACKWARDS:
+            place = tuple(size - 1 - at for size, at in zip(self.grid_dim, place, strict=True))
+        in_order(self, *place)
+
+    interpreter.InterpreterBuilder.set_grid_idx = set_grid_idx
+
+
+_BACKWARDS: list[bool] = []  # not empty: programs run from the last to the first
+
+
+@contextmanager
+def backwards() -> Iterator[None]:
+    _BACKWARDS.append(True)
+    try:
+        yield
+    finally:
+        _BACKWARDS.pop()
 
 
 def _wide(handle: Any) -> Any:

@@ -12,6 +12,7 @@ import moe_fx.kernels.experts  # noqa: F401  registers the kernels
 from moe_fx.binding import Experts
 from moe_fx.hardware import detect
 from moe_fx.kernels.build import run
+from moe_fx.kernels.capability import PLAIN
 from moe_fx.kernels.experts.backward import experts_backward
 from moe_fx.kernels.experts.reference import ANYTHING
 from moe_fx.kernels.experts.rows import gather_rows, sizes_of, sort_rows, up_products
@@ -24,6 +25,9 @@ from moe_fx.reference import experts_backward as reference_backward
 from moe_fx.reference.experts import compute_dtype
 from moe_fx.spec import MoESpec
 from tests.device_code.here import INTERPRETED
+
+if INTERPRETED:
+    from tests.device_code import interpreter
 
 from .cases import Block, Case, E, H, K, assert_as_exact, error, make, sample
 
@@ -45,7 +49,7 @@ RUNNABLE = [  # those of libraries read packed weights: test_libraries_cpu.py
     k
     for k in KERNELS.values()
     if k.capability.packages <= INSTALLED and any(runs(k, d) for d in HERE) and not k.capability.monolithic
-    if k.name not in LIBRARIES or OURS in k.capability.packages
+    if k.name not in LIBRARIES or (OURS in k.capability.packages and PLAIN in k.capability.schemes)
 ]
 CASES = {k.name: sample(k.capability, COUNT) for k in RUNNABLE}
 
@@ -59,6 +63,9 @@ def _below_autograd() -> Iterator[None]:
 def check_forward(chosen: Kernel, case: Case, block: Block) -> None:
     before = [t.clone() for t in (block.x, block.weights, *block.operands)]
     y = run(chosen, block.x, block.ids, block.weights, block.experts, case.spec)
+    if INTERPRETED:
+        with interpreter.backwards():  # no program depends on another's being done
+            assert torch.equal(y, run(chosen, block.x, block.ids, block.weights, block.experts, case.spec))
     if chosen.capability.backward == "save":
         check_saved(chosen, case, block, y)
     usual = experts_forward(block.x, block.ids, block.weights, block.experts, case.spec)
@@ -112,6 +119,10 @@ def check_backward(
     def views(grads: list[torch.Tensor]) -> Experts:
         return replace_operands(block, grads).experts
 
+    if INTERPRETED:
+        with interpreter.backwards():
+            other = [torch.full_like(o, float("nan")) for o in block.operands]
+            reverse = differentiate(dy, block.x, block.ids, block.weights, block.experts, spec, views(other), saved)
     results = [
         (differentiate(dy, block.x, block.ids, block.weights, block.experts, spec, views(ours), saved), ours),
         (reference_backward(dy, block.x, block.ids, block.weights, block.experts, spec, views(usual)), usual),
@@ -122,6 +133,8 @@ def check_backward(
             truth,
         ),
     ]
+    if INTERPRETED:
+        assert all(torch.equal(a, b) for a, b in zip((*reverse, *other), (*results[0][0], *ours), strict=True))
     names = ["dx", "dweights", *(f"gradient of operand {i}" for i in range(len(ours)))]
     for name, *parts in zip(names, *((*first, *grads) for first, grads in results), strict=True):
         assert_as_exact(*parts, case.eps, f"{name} of {case}")
@@ -194,6 +207,24 @@ def test_edges(name: str, edge: str) -> None:
 def test_backward_edges(name: str, edge: str, weight_on: str) -> None:
     case = Case(dtype="bfloat16", weight_on=weight_on, w13_bias=True, w2_bias=True)
     check_backward(case, EDGES[edge](make(case)), chosen=kernel(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("name", [k.name for k in RUNNABLE if OURS in k.capability.packages])
+def test_every_activation_everywhere(name: str, act: tuple[str, bool], dtype: str, edge: str) -> None:
+    """Device code has a path for each: forward and, where it has one of its own, backward."""
+    chosen = kernel(name)
+    known = chosen.capability
+    if act[0] not in known.activations or dtype not in known.dtypes or act[1] not in known.gated:
+        pytest.skip(f"{name} does not claim it")
+    case = Case(act, dtype, w13_bias=known.biases, w2_bias=known.biases, order="interleaved")
+    block = EDGES[edge](make(case))
+    check_forward(chosen, case, block)
+    if name in BACKWARDS and act[0] in SMOOTH:
+        check_backward(case, block, chosen=chosen)
 
 
 @pytest.mark.parametrize("name", [k.name for k in RUNNABLE])

@@ -181,7 +181,7 @@ def test_places_follow_scheme_and_device() -> None:
     assert today["sm100"]["triton"] > today["sm100"]["flashinfer_cutlass"]
     assert "sorted_loop" not in places(SPEC, bf16, hopper)  # the backend CPU is for CPUs
     quantised = replace(SPEC, quant=QuantSpec(w13=str(INT8_CHANNEL), w2=str(INT8_CHANNEL), a1=str(INT8_TOKEN)))
-    assert list(places(quantised, bf16, hopper)) == ["triton", "humming"]
+    assert list(places(quantised, bf16, hopper)) == ["triton_int8", "humming"]
     assert places(replace(SPEC, quant=QuantSpec(w13=str(MXFP6_E3M2))), bf16, hopper) == {}
 
 

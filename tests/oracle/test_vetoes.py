@@ -135,6 +135,7 @@ def test_nothing_speaks_against_a_fitting_candidate() -> None:
         (case("gather", binding=binding("w1", "w3", "w2", form="list")), ["veto.storage"]),
         (case("fused_cpu", binding=binding("w13", "w2", form="flat")), ["veto.storage"]),
         (case("fused_cpu", request=Request("bfloat16", training=True)), ["veto.training"]),
+        (case("loop", request=Request("bfloat16", captured=True)), []),  # no graphs on a CPU
         (case("fused_cpu", binding=IN_OUT), []),
         (case("loop", "stacked"), ["veto.storage"]),
         (case("loop", "stacked", request=Request("bfloat16", memory="copy")), []),

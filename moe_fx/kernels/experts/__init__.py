@@ -9,6 +9,7 @@ from moe_fx.kernels.experts import (
     sorted_loop,
     torch_grouped,
     triton_experts,
+    triton_quantised,
 )
 from moe_fx.kernels.experts.backward import experts_backward
 
@@ -22,4 +23,5 @@ __all__ = [
     "sorted_loop",
     "torch_grouped",
     "triton_experts",
+    "triton_quantised",
 ]

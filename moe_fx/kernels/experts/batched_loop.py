@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from moe_fx.binding import Experts
-from moe_fx.kernels.capability import NO_ALL2ALL
+from moe_fx.kernels.capability import NO_ALL2ALL, Open
 from moe_fx.kernels.config.parallel import BATCHED
 from moe_fx.kernels.experts.codes import DEQUANTISE
 from moe_fx.kernels.experts.reference import ALL, EFFICIENCY
@@ -30,6 +30,7 @@ CAPABILITY = replace(
     all2all=frozenset({NO_ALL2ALL, *BATCHED}),
     backward="",
     batched=True,
+    captures=Open(),
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, Matrices
-from moe_fx.kernels.capability import PLAIN
+from moe_fx.kernels.capability import PLAIN, Open
 from moe_fx.kernels.experts.reference import ALL
 from moe_fx.kernels.experts.rows import INDICES, SortedRows, activate, empty_result, finish, gather_rows, inside, room
 from moe_fx.kernels.experts.torch_experts import Scratch, TorchExperts
@@ -27,7 +27,13 @@ CHUNK = 32  # rows whose weights are copied at a time: bounds the memory
 
 @experts_kernel(
     "gather_bmm",
-    capability=replace(ALL, forms=frozenset({"stacked", "flat"}), schemes=frozenset({PLAIN}), backward="recompute"),
+    capability=replace(
+        ALL,
+        forms=frozenset({"stacked", "flat"}),
+        schemes=frozenset({PLAIN}),
+        backward="recompute",
+        captures=Open(),
+    ),
     cost=Cost("per_row", lambda E, T, k: 20 + T * k / 4, ((1, 0.007),)),
     rank=40,
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_fx.binding import Experts, Matrices
-from moe_fx.kernels.capability import PLAIN
+from moe_fx.kernels.capability import PLAIN, Open
 from moe_fx.kernels.experts.reference import ALL
 from moe_fx.kernels.experts.rows import activate, inside
 from moe_fx.kernels.experts.torch_experts import Scratch, TorchExperts
@@ -29,6 +29,7 @@ CAPABILITY = replace(
     schemes=frozenset({PLAIN}),
     backward="",
     compiled=True,
+    captures=Open(),
 )
 
 

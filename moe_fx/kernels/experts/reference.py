@@ -34,6 +34,9 @@ ALL = Capability(
 )
 # One torch.mm per expert, share of peak by rows: bf16, Zen 5, two cores (docs: CPU.md); fp32 through MKL reaches half.
 EFFICIENCY = ((1, 0.04), (2, 0.055), (8, 0.17), (32, 0.43), (128, 0.7), (512, 0.8))
+# The same with cuBLAS, a guess until it is measured here: large dense products reach some two thirds of an H100's peak
+# in bfloat16; published runs of torch._grouped_mm, 242 and 524 of 989 TFLOP/s, are below.
+GPU_EFFICIENCY = ((1, 0.01), (16, 0.08), (128, 0.3), (512, 0.45), (2048, 0.65))
 # ``reference.dequantise`` is some ten ops in float32.  Measured on one core of a Zen 5 at 30 GB/s: 20 for int8, 70 to
 # 190 for int4, 230 for e4m3, which torch casts one by one there.
 DEQUANTISE = (100.0, 20)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from moe_fx.binding import Experts
-from moe_fx.kernels.capability import NO_ALL2ALL, PLAIN
+from moe_fx.kernels.capability import NO_ALL2ALL, PLAIN, Open
 from moe_fx.kernels.config.parallel import BATCHED
 from moe_fx.kernels.experts.reference import ALL
 from moe_fx.kernels.experts.rows import empty_result, room
@@ -36,7 +36,10 @@ CAPABILITY = replace(
     out_dtypes=FLOATS | {""},
     packages=frozenset({"triton", "moe_fx.triton"}),
     schemes=frozenset({PLAIN}),
+    captures=Open(),
 )
+# on one rank somebody has to lay tokens out in batches first, and to take them out again
+ALONE = replace(BATCHED_COST, launches=lambda E, T, k: 24)
 
 
 @experts_kernel("triton", capability=CAPABILITY, cost=TRITON_COST, rank=8)
@@ -82,6 +85,10 @@ class TritonExperts(TorchExperts):
         return y
 
     @classmethod
+    def waits_in_backward(cls, spec: MoESpec) -> bool:
+        return bool(spec.expert.norm)
+
+    @classmethod
     def differentiate(
         cls,
         dy: Tensor,
@@ -112,7 +119,7 @@ class TritonExperts(TorchExperts):
         backward="",
         batched=True,
     ),
-    cost=BATCHED_COST,
+    cost=ALONE,
     rank=58,
 )
 class BatchedTritonExperts(BatchedExperts):

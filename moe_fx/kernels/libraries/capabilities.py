@@ -80,7 +80,7 @@ from moe_fx.quant import (
 
 __all__ = ["LIBRARIES", "Library", "library"]
 
-# --- Triton: kernels of ours, of a later release
+# --- Triton: what the field's kernels do; those of ours that are built stand in their place (``kernels.experts``)
 
 # 523 of 989 TFLOP/s for bfloat16 on an H100 (Liger, 32768 tokens of Qwen3-30B-A3B)
 TRITON_COST = Cost("active", lambda E, T, k: 6, ((1, 0.03), (16, 0.3), (64, 0.45), (256, 0.53)))
@@ -97,7 +97,8 @@ TRITON = replace(
     batch_invariant=True,
     lora=True,
 )
-add("triton", "fused_moe_kernel twice, moe_sum", TRITON, TRITON_COST, "triton", schemes=frozenset({PLAIN}) | INT8)
+add("triton", "fused_moe_kernel twice, moe_sum", TRITON, TRITON_COST, "triton", schemes=frozenset({PLAIN}))
+add("triton_int8", "fused_moe_kernel twice on int8, moe_sum", TRITON, TRITON_COST, "triton", schemes=INT8)
 add(
     "triton_fp8",
     "fused_moe_kernel twice on float8_e4m3fn, moe_sum",

@@ -91,6 +91,11 @@ class FusedMoEExperts(ABC):
         return None
 
     @classmethod
+    def waits_in_backward(cls, spec: MoESpec) -> bool:
+        """Whether its backward reads values of the device on the host."""
+        return True
+
+    @classmethod
     def activation_format(cls) -> FusedMoEActivationFormat:
         """How tokens have to come."""
         formats = FusedMoEActivationFormat

@@ -18,6 +18,7 @@ from moe_fx.kernels.triton.configs import Config, choose
 from moe_fx.kernels.triton.operands import Routed
 from moe_fx.kernels.triton.products import down_kernel, up_kernel
 from moe_fx.kernels.triton.reduction import reduce_kernel
+from moe_fx.kernels.triton.tiles import Layer, measured
 from moe_fx.spec import MoESpec
 
 FEW = 64  # routed rows up to which nothing is sorted, where experts are not fewer
@@ -63,22 +64,28 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def listed(ids: Tensor, spec: MoESpec, dtype: torch.dtype, sort: bool) -> Job:
-    """The job of a list of tokens: ids [T, k], not empty.  sort: also a handful of rows."""
+def listed(
+    ids: Tensor, spec: MoESpec, dtype: torch.dtype, sort: bool, tiles_of: tuple[Config, Config] | None = None
+) -> Job:
+    """The job of a list of tokens: ids [T, k], not empty.  sort: also a handful of rows.  tiles_of: of the up and the
+    down product, of as many rows both; None: what was measured, else what is usual."""
     e, size = spec.expert, ids.numel()
-    sizes = (size, e.experts, ids.device, dtype.itemsize)
-    up, down = choose(*sizes, 1 + e.gated), choose(*sizes, 1)
+    up, down = tiles_of or _tiles(spec, dtype, size, ids.device)
     if not sort and size <= min(FEW, e.experts):
         return Job(spec, dtype, operands.apart(ids, e.experts), "apart", size, up, down)
     routed, tiles = operands.by_expert(ids, e.experts, up.rows)
     return Job(spec, dtype, routed, "sorted", tiles, up, down)
 
 
+def _tiles(spec: MoESpec, dtype: torch.dtype, size: int, device: torch.device) -> tuple[Config, Config]:
+    e, layer = spec.expert, Layer.of(spec, dtype)
+    sizes = (size, e.experts, device, dtype.itemsize)
+    return measured(layer, size, device) or (choose(*sizes, 1 + e.gated), choose(*sizes, 1))
+
+
 def batched(counts: Tensor, most: int, spec: MoESpec, dtype: torch.dtype, rows: int) -> Job:
     """The job of one batch an expert, of ``most`` rows at most and ``rows`` in all; counts int32 [E]."""
-    e = spec.expert
-    sizes = (rows, e.experts, counts.device, dtype.itemsize)
-    up, down = choose(*sizes, 1 + e.gated), choose(*sizes, 1)
+    up, down = _tiles(spec, dtype, rows, counts.device)
     routed, tiles = operands.batches(counts, most, up.rows)
     return Job(spec, dtype, routed, "batched", tiles, up, down)
 

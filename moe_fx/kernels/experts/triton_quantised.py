@@ -1,0 +1,100 @@
+"""Products with codes in Triton, forward only: launches are those of ``triton_experts``.
+
+Weights alone as codes ("triton_wna16"): they become numbers in registers, inputs stay.  Inputs rounded too
+("triton_fp8", "triton_int8"): codes are multiplied, and a launch before each product rounds its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from torch import Tensor
+
+from moe_fx.binding import Experts
+from moe_fx.kernels.capability import Scheme
+from moe_fx.kernels.experts.rows import empty_result, room
+from moe_fx.kernels.experts.torch_experts import Scratch
+from moe_fx.kernels.experts.triton_experts import CAPABILITY, TritonExperts
+from moe_fx.kernels.libraries.capabilities import TRITON_COST
+from moe_fx.kernels.libraries.rows import FP8_REFINED, FP8_ROWS, SM75_UP, SM89_UP
+from moe_fx.kernels.registry import experts_kernel
+from moe_fx.quant import (
+    FP8_BLOCK,
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    FP8_TOKEN,
+    INT8_CHANNEL,
+    INT8_TENSOR,
+    INT8_TOKEN,
+    MXFP4,
+    MXFP8,
+    int_group,
+)
+from moe_fx.reference.experts import compute_dtype, dtype_of
+from moe_fx.spec import MoESpec
+
+SCALES = ("bfloat16", "float16", "float32")
+FOUR = frozenset(int_group(4, *of) for of in product((-1, 32, 64, 128), (False, True), SCALES))  # type: ignore[arg-type]
+EIGHT = frozenset(int_group(8, *of) for of in product((-1, 32, 64, 128), (False, True), SCALES))  # type: ignore[arg-type]
+FLOATS = frozenset(key for key, _ in FP8_REFINED) | {FP8_TENSOR, FP8_CHANNEL, FP8_BLOCK, MXFP8, MXFP4}
+WEIGHTS_ONLY: frozenset[Scheme] = frozenset((key, None) for key in FOUR | EIGHT | FLOATS | {INT8_CHANNEL, INT8_TENSOR})
+FP8: frozenset[Scheme] = FP8_ROWS | FP8_REFINED | {(FP8_TENSOR, FP8_TENSOR), (FP8_TENSOR, FP8_TOKEN)}
+INT8: frozenset[Scheme] = frozenset({(INT8_CHANNEL, INT8_TOKEN)})
+CODES = replace(
+    CAPABILITY,
+    backward="",
+    transposed=frozenset({False}),  # codes of four bits lie along the inputs
+)
+SIXTEEN = frozenset({"float16", "bfloat16"})
+ROUNDED = replace(
+    CODES,
+    archs=SM89_UP,
+    dtypes=SIXTEEN,  # with more digits one code that flips is more than they promise
+    compute_dtypes=SIXTEEN | {""},
+    schemes=FP8,
+)
+
+
+@experts_kernel("triton_wna16", capability=replace(CODES, schemes=WEIGHTS_ONLY), cost=TRITON_COST, rank=8)
+class TritonCodes(TritonExperts):
+    def compute(
+        self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
+    ) -> Tensor:
+        from moe_fx.kernels.triton import launch, launch_quantised
+
+        e, size = spec.expert, ids.numel()
+        if not size:
+            return empty_result(x, spec, scratch.result)
+        dtype = compute_dtype(experts, e, x.dtype)
+        on_input = spec.combine.weight_on == "input"
+        hidden = room(scratch.second, (size, e.intermediate), dtype, x)
+        out = room(scratch.first, (size, e.hidden), dtype, x)
+        y = scratch.result
+        if y is None:
+            y = x.new_empty(x.shape, dtype=dtype_of(spec.combine.out_dtype, x.dtype))
+        job = launch.listed(ids, spec, dtype, sort=False)
+        launch_quantised.up_products(job, x, weights if on_input else None, experts, hidden)
+        launch_quantised.down_products(job, hidden, experts, out)
+        launch.reduce(out, None if on_input else weights, ids, spec, experts.norm, y)
+        return y
+
+
+@experts_kernel("triton_fp8", capability=ROUNDED, cost=TRITON_COST, rank=8)
+class TritonRoundedInputs(TritonCodes):
+    """Codes of float8_e4m3fn by such codes."""
+
+    def temporary_shapes(self, M: int, N: int, K: int, topk: int, activation: str) -> tuple[tuple[int, ...], ...]:
+        """Besides order and tiles the codes of both inputs, a byte each, and a float32 for 32 of them or more."""
+        widths = (K, self.adjust_N_for_activation(N, activation))
+        return ((M * topk, 6), *((M * topk, -(-width * 5 // 8) + 2) for width in widths))
+
+
+@experts_kernel(
+    "triton_int8",
+    capability=replace(ROUNDED, archs=SM75_UP - {"sm75"}, schemes=INT8),
+    cost=TRITON_COST,
+    rank=8,
+)
+class TritonInt8(TritonRoundedInputs):
+    """Codes of int8 by such codes: sums are int32."""
