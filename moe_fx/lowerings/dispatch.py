@@ -7,7 +7,7 @@ for this number of tokens: a choice on a host integer, no recompile, no device s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -120,7 +120,7 @@ def _named(what: str, rows: Tensor, spec: object) -> Iterator[None]:
     """Whatever fails inside becomes an error of ours that says what ran on what.  Inside, the device of ``rows`` is the
     current one: device code is launched there."""
     try:
-        with torch.cuda.device_of(rows):
+        with _on_device(rows):
             yield
     except MoEFxError:
         raise
@@ -128,3 +128,9 @@ def _named(what: str, rows: Tensor, spec: object) -> Iterator[None]:
         if out_of_memory(error):
             raise  # as torch says it: callers free memory and try again
         raise MoEFxRuntimeError(f"{what} failed on {rows.shape[0]} tokens of {spec}: {error}") from error
+
+
+def _on_device(rows: Tensor) -> AbstractContextManager[object]:
+    """A fake tensor may say that it is on a device which this torch does not know."""
+    known = rows.is_cuda and torch.backends.cuda.is_built()
+    return torch.cuda.device_of(rows) if known else nullcontext()

@@ -67,6 +67,18 @@ def test_compiles(name: str, capability: int) -> None:
         assert all("cp.async" in m.ptx for m in products), "nothing is pipelined"
 
 
+def test_token_counts_are_not_compiled_for() -> None:
+    """Of each kernel one variant for a kind of tiles, whatever the number of tokens."""
+    from .described import described
+
+    case = CASES["plain"]
+    with described(90) as made:
+        for tokens in (140, 141, 144, 160, 176):  # rows of one expert that take the same tiles
+            block = make(case, tokens=tokens)
+            run(kernel("triton"), block.x, block.ids, block.weights, block.experts, case.spec)
+    assert len(made) == len({m.name for m in made}) == 4
+
+
 def test_what_does_not_compile_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness is no rubber stamp."""
     from triton.compiler.errors import CompilationError

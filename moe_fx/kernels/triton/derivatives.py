@@ -12,7 +12,7 @@ from moe_fx.kernels.triton.operands import flat_of, of_expert, swizzled, tile_of
 from moe_fx.kernels.triton.products import read
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def hidden_kernel(
     dy, weights, gate, up, hidden, dgate, dup, partial, down, p0, p1, routed, tiles, N, K,
     ACT: tl.constexpr, GATED: tl.constexpr, HOW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,

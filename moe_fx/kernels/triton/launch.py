@@ -60,8 +60,9 @@ class Job:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of ``tl.dot``: products of float32 are exact unless torch may round their inputs too."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Of ``tl.dot``: products of float32 are exact unless torch may round their inputs too.  ``allow_tf32`` says the
+    same, but raises where somebody has set the newer name."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def listed(
@@ -80,7 +81,10 @@ def listed(
 def _tiles(spec: MoESpec, dtype: torch.dtype, size: int, device: torch.device) -> tuple[Config, Config]:
     e, layer = spec.expert, Layer.of(spec, dtype)
     sizes = (size, e.experts, device, dtype.itemsize)
-    return measured(layer, size, device) or (choose(*sizes, 1 + e.gated), choose(*sizes, 1))
+    return measured(layer, size, device) or (
+        choose(*sizes, 1 + e.gated, e.intermediate),
+        choose(*sizes, 1, e.hidden),
+    )
 
 
 def batched(counts: Tensor, most: int, spec: MoESpec, dtype: torch.dtype, rows: int) -> Job:

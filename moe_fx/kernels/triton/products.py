@@ -22,7 +22,7 @@ def read(at, inside, EVEN: tl.constexpr):
     return tl.load(at, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def up_kernel(
     x, weights, hidden, kept, gate, up, gate_bias, up_bias, p0, p1, routed, tiles, N, K,
     ACT: tl.constexpr, GATED: tl.constexpr, PAIRED: tl.constexpr,
@@ -87,7 +87,7 @@ def up_kernel(
     tl.store(hidden.at + where * hidden.row + n[None, :] * hidden.col, result.to(DTYPE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def down_kernel(
     hidden, out, down, bias, routed, tiles, N, K,
     ADD: tl.constexpr, HOW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,

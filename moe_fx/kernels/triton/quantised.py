@@ -69,7 +69,7 @@ def zeros(BM: tl.constexpr, BN: tl.constexpr, scales, bank):
         return tl.zeros((BM, BN), tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def up_codes_kernel(
     x, scales, weights, hidden, share, gate, up, p0, p1, routed, tiles, N, K,
     ACT: tl.constexpr, GATED: tl.constexpr, PAIRED: tl.constexpr,
@@ -134,7 +134,7 @@ def up_codes_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def down_codes_kernel(
     hidden, scales, out, down, routed, tiles, N, K,
     HOW: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,

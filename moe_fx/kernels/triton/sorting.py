@@ -16,6 +16,8 @@ from torch import Tensor
 BLOCK = 1024  # rows that one program counts and places
 PART = 128  # rows of which each is compared with each
 TILES = 32  # tiles that one program describes
+ALIGNED = 4  # numbers after which a part begins: the compiler asks whether a pointer is a multiple of 16 bytes
+# Numbers that change with the tokens are not specialised either: nothing is compiled anew for another count.
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,10 @@ def sort(ids: Tensor, experts: int, rows: int) -> Tiles:
     size, k = ids.numel(), ids.shape[1]
     bins = max(triton.next_power_of_2(experts + 1), PART)
     blocks, count = triton.cdiv(size, BLOCK), most_tiles(size, experts, rows)
-    new = torch.empty(size + 2 * count + (blocks + 2) * bins, dtype=torch.int32, device=ids.device)
-    order, expert, first, ends, total, before = new.split([size, count, count, bins, bins, blocks * bins])
+    sizes = (size, count, count, bins, bins, blocks * bins)
+    rooms = [triton.cdiv(n, ALIGNED) * ALIGNED for n in sizes]
+    parts = torch.empty(sum(rooms), dtype=torch.int32, device=ids.device).split(rooms)
+    order, expert, first, ends, total, before = (part[:n] for part, n in zip(parts, sizes, strict=True))
     strides, shape = ids.stride(), dict(E=experts, BINS=bins)
     if blocks > 1:
         _count[(blocks,)](ids, before, size, k, *strides, **shape, BLOCK=BLOCK)
@@ -70,7 +74,7 @@ def _histogram(key, there, E: tl.constexpr, BINS: tl.constexpr):
     return tl.histogram(key, BINS) - tl.where(tl.arange(0, BINS) == E, extra, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _count(ids, counts, size, k, stride_t, stride_k, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """counts [blocks, BINS]."""
     block = tl.program_id(0)
@@ -79,7 +83,7 @@ def _count(ids, counts, size, k, stride_t, stride_k, E: tl.constexpr, BINS: tl.c
     tl.store(counts + block * BINS + tl.arange(0, BINS), found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _scan(counts, total, blocks, BINS: tl.constexpr, PART: tl.constexpr):
     """counts become, in key, those of the blocks before; total [BINS]: of all blocks."""
     key = tl.program_id(0) * PART + tl.arange(0, PART)
@@ -91,7 +95,7 @@ def _scan(counts, total, blocks, BINS: tl.constexpr, PART: tl.constexpr):
     tl.store(total + key, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "tiles"])
 def _place(
     ids, before, total, order, ends, tile_expert, tile_first, size, blocks, tiles, k, stride_t, stride_k,
     E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
