@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 # each worker of xdist has one thread: two teams of threads on the same cores wait for each other most of the time
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-# many models or many samples: left out of the inner loop
-BROAD := zoo properties routers/test_op.py routers/test_zoo.py e2e/test_isolation.py e2e/test_fp8_models.py e2e/test_training.py
+# many models, many samples or a compiler: left out of the inner loop (`make interpreted` is that of device code)
+BROAD := zoo properties device_code kernels/test_steady_path.py routers/test_op.py routers/test_zoo.py e2e/test_isolation.py e2e/test_fp8_models.py e2e/test_training.py
 
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
