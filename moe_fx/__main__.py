@@ -138,9 +138,11 @@ def _tune(args: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name()
     source = f"moe_fx tune {args.model}, torch {torch.__version__}, triton {_version('triton')}"
     specs = [site.spec for site in sites if site.spec is not None]
-    layers = dict.fromkeys(tiles.Layer.of(spec, getattr(torch, args.dtype)) for spec in specs)
-    if not layers:
+    if not specs:
         raise UsageError(f"no mixture-of-experts block was recognised in {args.model}: see moe_fx explain")
+    layers = dict.fromkeys(tiles.Layer.of(spec, getattr(torch, args.dtype)) for spec in specs if not spec.quant)
+    if not layers:
+        raise UsageError(f"the blocks of {args.model} multiply codes, whose tiles are not measured: nothing to do")
     for layer in layers:
         found = list(tiles.search(args.rows, layer, stopwatch.of_layer(layer, torch.device("cuda"))))
         print(f"{layer}: {len(found)} numbers of rows → {tiles.write(name, source, layer, found)}")

@@ -56,9 +56,15 @@ class Options:
 
     @property
     def captured(self) -> bool:
-        """CUDA graphs will hold what is compiled, where there is such a device."""
-        asked = self.inductor.get("triton.cudagraphs", self.mode in ("reduce-overhead", "max-autotune"))
-        return bool(asked) or self.inner_backend == "cudagraphs"
+        """CUDA graphs will hold what is compiled, where there is such a device: by the options, or by Inductor's own
+        configuration."""
+        from torch._inductor import config
+
+        if self.inner_backend != "inductor":
+            return self.inner_backend == "cudagraphs"
+        if "triton.cudagraphs" in self.inductor:
+            return bool(self.inductor["triton.cudagraphs"])
+        return self.mode in ("reduce-overhead", "max-autotune") or bool(config.triton.cudagraphs)
 
 
 def resolve(options: dict[str, Any] | None, mode: str | None = None) -> Options:

@@ -189,22 +189,12 @@ def _plan(region: Region, proposal: Proposal, training: bool, options: Options) 
         memory=options.memory,
         policy=options.policy,
         compiled=options.inner_backend == "inductor",
-        captured=_captured(options),
+        captured=options.captured,
         workspace_bytes=options.workspace_bytes,
     )
     device = _device(runnable(w.device))
     plan = choose(proposal.spec, proposal.binding, request, device, KERNELS)
     return _tuned(plan, proposal, request, device) if options.tune else plan
-
-
-def _captured(options: Options) -> bool:
-    """CUDA graphs will hold what is compiled: by the options, or by Inductor's own configuration."""
-    told = options.inner_backend != "inductor" or options.mode or "triton.cudagraphs" in options.inductor
-    if told or options.captured:
-        return options.captured
-    from torch._inductor import config
-
-    return bool(config.triton.cudagraphs)
 
 
 def _tuned(plan: Plan, proposal: Proposal, request: Request, device: Device) -> Plan:

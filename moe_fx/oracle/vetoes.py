@@ -185,6 +185,9 @@ def _captured(case: Case) -> Reject | None:
         return case.reject("veto.capture", text)
     if case.request.training and case.kernel.experts.waits_in_backward(case.spec):
         return case.reject("veto.capture", "its backward waits for the device")
+    if case.request.training and "list" in {operand.form for operand in case.binding.operands}:
+        text = "gradients of matrices that lie apart are found by addresses, which are new in every call"
+        return case.reject("veto.capture", text)
     return None
 
 
@@ -246,7 +249,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("binding.transposed", "binding.role"), _orientation),
     Rule(("binding.order", "binding.role"), _order),
     Rule(("request.training",), _training),
-    Rule(("request.captured", "request.training", "device.arch", "device.kind"), _captured),
+    Rule(("request.captured", "request.training", "device.arch", "device.kind", "binding.form"), _captured),
     Rule(("request.compiled",), _compiled),
     Rule(("request.memory",), _copy_allowed),
     Rule(("request.training",), _copy_trains),

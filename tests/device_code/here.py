@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -16,3 +17,10 @@ needs_device = [
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in a process of the interpreter")
+
+
+def on_device(test: Any) -> Any:
+    """Of a test in a file whose others compile."""
+    for mark in needs_device:
+        test = mark(test)
+    return test

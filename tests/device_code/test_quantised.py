@@ -35,7 +35,7 @@ from moe_fx.spec import CombineSpec, ExpertSpec, MoESpec
 from tests.kernels import quantised_cases as by_hand
 from tests.kernels.cases import PARAMS, assert_as_exact, error
 
-from .here import DEVICE, needs_compiler, needs_device
+from .here import DEVICE, needs_compiler, on_device
 
 E, K = 6, 3
 KERNEL_NAMES = ("triton_wna16", "triton_fp8", "triton_int8")
@@ -49,13 +49,6 @@ PRODUCTS = ("up_codes_kernel", "down_codes_kernel")
 def _below_autograd() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def on_device(test: Any) -> Any:
-    """The other tests of this file compile."""
-    for mark in needs_device:
-        test = mark(test)
-    return test
 
 
 @dataclass(frozen=True)
@@ -242,6 +235,30 @@ def test_edges(name: str, edge: str) -> None:
 def test_activations(act: tuple[str, bool]) -> None:
     case = Case(INT8_CHANNEL, act=act, sizes=(48, 40), dtype="float32")
     check(kernel("triton_wna16"), case, make(case))
+
+
+@pytest.mark.slow
+@on_device
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("point", POINTS, ids=named)
+def test_every_activation_of_every_scheme(point: tuple[str, QuantKey, QuantKey | None], act: tuple[str, bool]) -> None:
+    name, weights, inputs = point
+    dtypes = sorted(kernel(name).capability.dtypes)
+    case = Case(weights, inputs, dtypes[list(ACTIVATIONS).index(act) % len(dtypes)], act, "interleaved", sizes=(48, 40))
+    check(kernel(name), case, make(case))
+
+
+@pytest.mark.slow
+@on_device
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("point", POINTS, ids=named)
+def test_every_edge_of_every_scheme(point: tuple[str, QuantKey, QuantKey | None], dtype: str, edge: str) -> None:
+    name, weights, inputs = point
+    if dtype not in kernel(name).capability.dtypes:
+        pytest.skip(f"{name} does not claim it")
+    case = Case(weights, inputs, dtype, split=True)
+    check(kernel(name), case, EDGES[edge](make(case)))
 
 
 def rows_near_the_middle(key: QuantKey, dtype: torch.dtype) -> Tensor:

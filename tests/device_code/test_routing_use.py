@@ -21,7 +21,7 @@ from tests.routers.formulas import ROUTERS, E, K, Router
 from tests.routers.test_op import EXPERTS, arguments, moe
 
 from .here import INTERPRETED, needs_compiler
-from .test_routing import draw, kernel
+from .truth import draw, kernel
 
 
 @pytest.mark.parametrize(

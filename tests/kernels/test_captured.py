@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from torch._inductor import config as inductor
 
 import moe_fx.kernels.experts  # registers the kernels
 import moe_fx.kernels.libraries  # noqa: F401
+from moe_fx.binding import Operand, WeightBinding
 from moe_fx.hardware import Device, catalogue
 from moe_fx.kernels.registry import KERNELS
 from moe_fx.options import resolve
@@ -48,6 +50,19 @@ def test_a_request_that_waits_is_refused_with_the_reason() -> None:
         plan("a100", kernel="torch_grouped")
 
 
+def test_gradients_of_matrices_that_lie_apart_are_refused() -> None:
+    """They are new tensors in every call, whose addresses a replay does not see."""
+    spec, _ = MODELS["mixtral-8x7b"]
+    for stored, training, right in (("list", False, True), ("list", True, False), ("stacked", True, True)):
+        lists = WeightBinding((Operand("w1", stored), Operand("w3", stored), Operand("w2", stored)))
+        request = Request("bfloat16", captured=True, training=training, kernel="triton")
+        if right:
+            assert choose(spec, lists, request, device("h200"), KERNELS).ranges
+            continue
+        with pytest.raises(MoEFxUnsupportedError, match="addresses, which are new in every call"):
+            choose(spec, lists, request, device("h200"), KERNELS)
+
+
 def test_a_copy_of_the_weights_is_refused() -> None:
     """Whether it is stale is looked at by each call, and a replay is none."""
     with pytest.raises(MoEFxUnsupportedError, match="weights changed since they were copied"):
@@ -77,7 +92,16 @@ def test_a_cpu_has_no_graphs() -> None:
         ({"inner_backend": "cudagraphs"}, None, True),
         ({"inductor": {"triton.cudagraphs": True}}, None, True),
         ({"inductor": {"triton.cudagraphs": False}}, "reduce-overhead", False),
+        ({"inner_backend": "eager"}, "reduce-overhead", False),
     ],
 )
 def test_what_asks_for_graphs(options: dict[str, object], mode: str | None, captured: bool) -> None:
     assert resolve(options, mode).captured is captured
+
+
+@pytest.mark.parametrize("mode", [None, "default", "max-autotune-no-cudagraphs"])
+def test_the_configuration_of_inductor_asks_too(mode: str | None) -> None:
+    with inductor.patch({"triton.cudagraphs": True}):
+        assert resolve({}, mode).captured
+        assert not resolve({"inner_backend": "eager"}, mode).captured
+        assert not resolve({"inductor": {"triton.cudagraphs": False}}, mode).captured

@@ -7,7 +7,6 @@ mathematics from the spec.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,20 +66,7 @@ class TorchExperts(FusedMoEExpertsModular):
         """x [T, H], ids and weights [T, k] → y [T, H], a new tensor or ``scratch.result``; ids outside [0, E) add
         nothing.  Runs below autograd."""
 
-    @classmethod
-    def differentiate(
-        cls,
-        dy: Tensor,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        experts: Experts,
-        spec: MoESpec,
-        grads: Experts | None,
-        saved: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """See ``backward.experts_backward``, which all share that have no device code of their own."""
-        return experts_backward(dy, x, ids, weights, experts, spec, grads, saved)
+    differentiate = staticmethod(experts_backward)  # that of all which have no device code of their own
 
     @property
     def expects_unquantized_inputs(self) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from moe_fx.binding import Experts
 from moe_fx.kernels.capability import NO_ALL2ALL, PLAIN, Open
 from moe_fx.kernels.config.parallel import BATCHED
+from moe_fx.kernels.experts import backward
 from moe_fx.kernels.experts.reference import ALL
 from moe_fx.kernels.experts.rows import empty_result, room
 from moe_fx.kernels.experts.torch_experts import BatchedExperts, Scratch, TorchExperts
@@ -24,6 +26,9 @@ from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata
 from moe_fx.kernels.registry import experts_kernel
 from moe_fx.reference.experts import compute_dtype, dtype_of
 from moe_fx.spec import MoESpec
+
+if TYPE_CHECKING:
+    from moe_fx.kernels.triton.launch import Job
 
 FLOATS = frozenset({"float16", "bfloat16", "float32"})
 CAPABILITY = replace(
@@ -79,18 +84,25 @@ class TritonExperts(TorchExperts):
         if y is None:
             y = x.new_empty(x.shape, dtype=dtype_of(spec.combine.out_dtype, x.dtype))
         job = launch.listed(ids, spec, dtype, sort=self.keep is not None)
-        launch.up_products(job, x, weights if on_input else None, experts, hidden, self.keep or ())
-        launch.down_products(job, hidden, experts, out)
+        self.products(job, x, weights if on_input else None, experts, hidden, out)
         launch.reduce(out, None if on_input else weights, ids, spec, experts.norm, y)
         return y
+
+    def products(
+        self, job: Job, x: Tensor, weights: Tensor | None, experts: Experts, hidden: Tensor, out: Tensor
+    ) -> None:
+        """hidden [T k, I] in order of rows, out [T k, H] by flat position.  weights: where they are on the input."""
+        from moe_fx.kernels.triton import launch
+
+        launch.up_products(job, x, weights, experts, hidden, self.keep or ())
+        launch.down_products(job, hidden, experts, out)
 
     @classmethod
     def waits_in_backward(cls, spec: MoESpec) -> bool:
         return bool(spec.expert.norm)
 
-    @classmethod
+    @staticmethod
     def differentiate(
-        cls,
         dy: Tensor,
         x: Tensor,
         ids: Tensor,
@@ -101,12 +113,11 @@ class TritonExperts(TorchExperts):
         saved: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """In Triton, without a wait; experts with a norm, whose results it would need again, by the shared backward."""
-        from moe_fx.kernels.triton.gradients import experts_backward
+        from moe_fx.kernels.triton import gradients
 
-        given = (dy, x, ids, weights, experts, spec, grads, saved)
-        if spec.expert.norm or not ids.numel():
-            return super().differentiate(*given)
-        return experts_backward(*given, compute_dtype(experts, spec.expert, x.dtype))
+        own = ids.numel() and not spec.expert.norm
+        run = gradients.experts_backward if own else backward.experts_backward
+        return run(dy, x, ids, weights, experts, spec, grads, saved)
 
 
 @experts_kernel(
@@ -125,22 +136,9 @@ class TritonExperts(TorchExperts):
 class BatchedTritonExperts(BatchedExperts):
     """Rows after a batch's count are neither read nor written."""
 
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: ExpertTokensMetadata | None,
-        activation: str,
-    ) -> tuple[Shape, Shape, Shape]:
-        rows = local_num_experts * M
-        return (0,), (rows, self.adjust_N_for_activation(N, activation)), (local_num_experts, M, K)
-
     def temporary_shapes(self, M: int, N: int, K: int, topk: int, activation: str) -> tuple[Shape, ...]:
-        return ()
+        """hidden, of every place of every batch."""
+        return ((self.moe_config.num_local_experts * M, self.adjust_N_for_activation(N, activation)),)
 
     def batches(
         self, output: Tensor, x: Tensor, experts: Experts, spec: MoESpec, meta: ExpertTokensMetadata, routed: int

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from moe_fx.binding import Experts
 from moe_fx.kernels.capability import Scheme
-from moe_fx.kernels.experts.rows import empty_result, room
-from moe_fx.kernels.experts.torch_experts import Scratch
 from moe_fx.kernels.experts.triton_experts import CAPABILITY, TritonExperts
 from moe_fx.kernels.libraries.capabilities import TRITON_COST
 from moe_fx.kernels.libraries.rows import FP8_REFINED, FP8_ROWS, SM75_UP, SM89_UP
@@ -31,8 +30,9 @@ from moe_fx.quant import (
     MXFP8,
     int_group,
 )
-from moe_fx.reference.experts import compute_dtype, dtype_of
-from moe_fx.spec import MoESpec
+
+if TYPE_CHECKING:
+    from moe_fx.kernels.triton.launch import Job
 
 SCALES = ("bfloat16", "float16", "float32")
 FOUR = frozenset(int_group(4, *of) for of in product((-1, 32, 64, 128), (False, True), SCALES))  # type: ignore[arg-type]
@@ -58,26 +58,13 @@ ROUNDED = replace(
 
 @experts_kernel("triton_wna16", capability=replace(CODES, schemes=WEIGHTS_ONLY), cost=TRITON_COST, rank=8)
 class TritonCodes(TritonExperts):
-    def compute(
-        self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, spec: MoESpec, scratch: Scratch
-    ) -> Tensor:
-        from moe_fx.kernels.triton import launch, launch_quantised
+    def products(
+        self, job: Job, x: Tensor, weights: Tensor | None, experts: Experts, hidden: Tensor, out: Tensor
+    ) -> None:
+        from moe_fx.kernels.triton import launch_quantised
 
-        e, size = spec.expert, ids.numel()
-        if not size:
-            return empty_result(x, spec, scratch.result)
-        dtype = compute_dtype(experts, e, x.dtype)
-        on_input = spec.combine.weight_on == "input"
-        hidden = room(scratch.second, (size, e.intermediate), dtype, x)
-        out = room(scratch.first, (size, e.hidden), dtype, x)
-        y = scratch.result
-        if y is None:
-            y = x.new_empty(x.shape, dtype=dtype_of(spec.combine.out_dtype, x.dtype))
-        job = launch.listed(ids, spec, dtype, sort=False)
-        launch_quantised.up_products(job, x, weights if on_input else None, experts, hidden)
+        launch_quantised.up_products(job, x, weights, experts, hidden)
         launch_quantised.down_products(job, hidden, experts, out)
-        launch.reduce(out, None if on_input else weights, ids, spec, experts.norm, y)
-        return y
 
 
 @experts_kernel("triton_fp8", capability=ROUNDED, cost=TRITON_COST, rank=8)

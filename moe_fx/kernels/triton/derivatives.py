@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from moe_fx.kernels.triton.activations import backward, forward
-from moe_fx.kernels.triton.operands import flat_of, of_expert, swizzled, tile_of
+from moe_fx.kernels.triton.operands import of_expert, rows_in, swizzled, tile_of, weight_of
 from moe_fx.kernels.triton.products import read
 
 
@@ -27,9 +27,7 @@ def hidden_kernel(
     expert, first, end = tile_of(tile, routed, HOW, BM)
     if expert < 0:
         return
-    row = first + tl.arange(0, BM)
-    there = row < end
-    flat = flat_of(tl.minimum(row, end - 1), routed, HOW)
+    row, there, flat = rows_in(first, end, routed, HOW, BM)
     token = (flat // routed.top_k).to(tl.int64)
     a_at = dy.at + token[:, None] * dy.row
     n = column * BN + tl.arange(0, BN)
@@ -52,8 +50,7 @@ def hidden_kernel(
     if weights is not None:
         added = tl.sum(tl.where(inside, acc * h.to(tl.float32), 0.0), 1)
         tl.store(partial.at + flat.to(tl.int64) * partial.row + column, added, mask=there)
-        w_at = weights.at + token * weights.row + (flat % routed.top_k).to(tl.int64) * weights.col
-        acc *= tl.load(w_at).to(tl.float32)[:, None]
+        acc *= weight_of(weights, flat, routed.top_k)[:, None]
     first_d, second_d = backward(acc, g, u, p0, p1, ACT, GATED)
     tl.store(dgate.at + where * dgate.row + n[None, :] * dgate.col, first_d.to(DTYPE), mask=inside)
     if GATED:
@@ -106,8 +103,7 @@ def _operand(rows, weights, row, flat, top_k, there, column, width, KIND: tl.con
     inside = there[:, None] & (column < width)[None, :]
     found = tl.load(rows.at + source[:, None] * rows.row + column[None, :] * rows.col, mask=inside, other=0.0)
     if KIND == "weighted":
-        at = weights.at + source * weights.row + (flat % top_k).to(tl.int64) * weights.col
-        found = found.to(tl.float32) * tl.load(at, mask=there, other=0.0).to(tl.float32)[:, None]
+        found = found.to(tl.float32) * weight_of(weights, flat, top_k)[:, None]
     return found
 
 

@@ -14,11 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_fx.binding import Experts, Vectors, split_gate_up
+from moe_fx.binding import Experts, Vectors
 from moe_fx.kernels.triton import launch, operands
 from moe_fx.kernels.triton.derivatives import hidden_kernel, outer_kernel, weights_kernel
 from moe_fx.kernels.triton.launch import DTYPES, Held, Job
 from moe_fx.kernels.triton.products import down_kernel
+from moe_fx.reference.experts import compute_dtype
 from moe_fx.spec import MoESpec
 
 BLOCK = 1024  # columns of a row that one step of a sum takes
@@ -35,10 +36,10 @@ def experts_backward(
     spec: MoESpec,
     grads: Experts | None,
     saved: Sequence[Tensor],
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As ``kernels.experts.backward.experts_backward``; ids not empty, no norm, products in ``dtype``."""
+    """As ``kernels.experts.backward.experts_backward``; ids not empty, no norm."""
     e, on_input = spec.expert, spec.combine.weight_on == "input"
+    dtype = compute_dtype(experts, e, x.dtype)
     job = launch.listed(ids, spec, dtype, sort=True)
     size, factor = ids.numel(), weights if on_input else None
     hidden = x.new_empty((size, e.intermediate), dtype=dtype)
@@ -50,7 +51,7 @@ def experts_backward(
     drows = x.new_empty((size, e.hidden), dtype=dtype)
     _rows(job, dups, experts, drows)
     dx, dweights = x.new_empty(x.shape), weights.new_empty(weights.shape)
-    launch.reduce(drows, factor, ids, replace(spec, expert=replace(e, norm="")), None, dx)
+    launch.reduce(drows, factor, ids, spec, None, dx)
     bias = experts.down_bias if partial is not None else None
     weights_kernel[(size,)](
         operands.rows(drows if on_input else dy),
@@ -82,7 +83,7 @@ def _hidden(
     """Writes ``hidden`` and ``dups``; what each block of columns adds to the gradients of the weights."""
     e = job.spec.expert
     config = replace(job.down, columns=min(NARROW, job.down.columns))
-    found, written = (_gate_and_up(held, experts, e.gated) for held in (saved, dups))
+    found, written = (launch.gate_and_up(held, experts, e.gated) for held in (saved, dups))
     partial = None
     if weights is not None:
         columns = triton.cdiv(e.intermediate, config.columns)
@@ -101,18 +102,11 @@ def _hidden(
         operands.rows(written[1]),
         None if partial is None else operands.rows(partial),
         operands.matrices(experts.down),  # type: ignore[arg-type]
-        *(*e.act_params, 0.0, 0.0)[:2],
+        *job.params,
         ACT=e.act,
         GATED=e.gated,
     )
     return partial
-
-
-def _gate_and_up(held: Sequence[Tensor], experts: Experts, gated: bool) -> tuple[Tensor, Tensor]:
-    """Of products as ``experts.up`` has members; of an ungated expert the one twice."""
-    if len(held) == 2:
-        return held[0], held[1]
-    return split_gate_up(held[0], experts.order) if gated else (held[0], held[0])
 
 
 def _rows(job: Job, dups: Sequence[Tensor], experts: Experts, drows: Tensor) -> None:

@@ -40,6 +40,11 @@ class Job:
     up: Config
     down: Config
 
+    @property
+    def params(self) -> tuple[float, ...]:
+        """p0 and p1 of the activation."""
+        return (*self.spec.expert.act_params, 0.0, 0.0)[:2]
+
     def start(self, kernel: Any, config: Config, columns: int, inner: int, *args: object, **constants: object) -> None:
         """Launches a kernel of ``products``."""
         kernel[(self.tiles * triton.cdiv(columns, config.columns),)](
@@ -81,7 +86,8 @@ def listed(
 def _tiles(spec: MoESpec, dtype: torch.dtype, size: int, device: torch.device) -> tuple[Config, Config]:
     e, layer = spec.expert, Layer.of(spec, dtype)
     sizes = (size, e.experts, device, dtype.itemsize)
-    return measured(layer, size, device) or (
+    known = None if spec.quant else measured(layer, size, device)  # products with codes take other tiles
+    return known or (
         choose(*sizes, 1 + e.gated, e.intermediate),
         choose(*sizes, 1, e.hidden),
     )
@@ -103,8 +109,7 @@ def up_products(
     gate, second, gate_bias, second_bias = _apart(experts, e.gated)
     places = None
     if kept:
-        halves = kept if len(kept) == 2 else split_gate_up(kept[0], experts.order) if e.gated else (kept[0], kept[0])
-        places = (operands.rows(halves[0]), operands.rows(halves[1]))
+        places = tuple(map(operands.rows, gate_and_up(kept, experts, e.gated)))
     job.start(
         up_kernel,
         job.up,
@@ -118,11 +123,18 @@ def up_products(
         None if second is None else operands.matrices(second),
         None if gate_bias is None else operands.vectors(gate_bias),
         None if second_bias is None else operands.vectors(second_bias),
-        *(*e.act_params, 0.0, 0.0)[:2],
+        *job.params,
         ACT=e.act,
         GATED=e.gated,
         PAIRED=e.gated and second is None,
     )
+
+
+def gate_and_up(held: Sequence[Tensor], experts: Experts, gated: bool) -> tuple[Tensor, Tensor]:
+    """Of up products as ``experts.up`` has members, views; of an ungated expert the one twice."""
+    if len(held) == 2:
+        return held[0], held[1]
+    return split_gate_up(held[0], experts.order) if gated else (held[0], held[0])
 
 
 def down_products(job: Job, hidden: Tensor, experts: Experts, out: Tensor) -> None:

@@ -51,7 +51,7 @@ def up_products(job: Job, x: Tensor, weights: Tensor | None, experts: Experts, h
         inputs.share,
         gate,
         up,
-        *(*e.act_params, 0.0, 0.0)[:2],
+        *job.params,
         ACT=e.act,
         GATED=e.gated,
         PAIRED=e.gated and up is None,

@@ -135,6 +135,23 @@ def tile_of(pid, routed, HOW: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
+def rows_in(first, end, routed, HOW: tl.constexpr, BM: tl.constexpr):
+    """(row, whether it is one, flat position), [BM] each, of a tile with something to do; past its end the last row
+    stands again."""
+    row = first + tl.arange(0, BM)
+    there = row < end
+    row = tl.minimum(row, end - 1)
+    return row, there, flat_of(row, routed, HOW)
+
+
+@triton.jit
+def weight_of(weights, flat, top_k):
+    """float32: the routing weights [T, k] of flat positions."""
+    at = (flat // top_k).to(tl.int64) * weights.row + (flat % top_k).to(tl.int64) * weights.col
+    return tl.load(weights.at + at).to(tl.float32)
+
+
+@triton.jit
 def flat_of(row, routed, HOW: tl.constexpr):
     """The flat position of each row: where it stands when nothing is sorted."""
     if HOW == "sorted":

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moe_fx.kernels.triton.activations import forward
-from moe_fx.kernels.triton.operands import flat_of, of_expert, swizzled, tile_of
+from moe_fx.kernels.triton.operands import of_expert, rows_in, swizzled, tile_of, weight_of
 
 
 @triton.jit
@@ -39,14 +39,11 @@ def up_kernel(
     expert, first, end = tile_of(tile, routed, HOW, BM)
     if expert < 0:
         return
-    row = first + tl.arange(0, BM)
-    there = row < end
-    flat = flat_of(tl.minimum(row, end - 1), routed, HOW)
+    row, there, flat = rows_in(first, end, routed, HOW, BM)
     token = flat if HOW == "batched" else flat // routed.top_k
     a_at = x.at + token.to(tl.int64)[:, None] * x.row
     if weights is not None:
-        w_at = token.to(tl.int64) * weights.row + (flat % routed.top_k).to(tl.int64) * weights.col
-        factor = tl.load(weights.at + w_at).to(tl.float32)[:, None]
+        factor = weight_of(weights, flat, routed.top_k)[:, None]
     n = column * BN + tl.arange(0, BN)
     if PAIRED:
         width: tl.constexpr = 2 * BN
@@ -98,9 +95,7 @@ def down_kernel(
     expert, first, end = tile_of(tile, routed, HOW, BM)
     if expert < 0:
         return
-    row = first + tl.arange(0, BM)
-    there = row < end
-    row = tl.minimum(row, end - 1)
+    row, there, flat = rows_in(first, end, routed, HOW, BM)
     a_at = hidden.at + row.to(tl.int64)[:, None] * hidden.row
     n = column * BN + tl.arange(0, BN)
     n_in = (n % N).to(tl.int64)[None, :]
@@ -114,7 +109,7 @@ def down_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if bias is not None:
         acc += tl.load(of_expert(bias, expert) + n_in * bias.out).to(tl.float32)
-    place = flat_of(row, routed, HOW).to(tl.int64)[:, None]
+    place = flat.to(tl.int64)[:, None]
     inside = there[:, None] & (n < N)[None, :]
     out_at = out.at + place * out.row + n[None, :] * out.col
     if ADD:

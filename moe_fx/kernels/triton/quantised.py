@@ -10,7 +10,7 @@ import triton.language as tl
 
 from moe_fx.kernels.triton.activations import forward
 from moe_fx.kernels.triton.codes import encoded, groups_of, quotient, rows_of, scale_of, value, weights_of
-from moe_fx.kernels.triton.operands import flat_of, of_expert, swizzled, tile_of
+from moe_fx.kernels.triton.operands import flat_of, of_expert, rows_in, swizzled, tile_of, weight_of
 from moe_fx.kernels.triton.products import read
 
 
@@ -86,17 +86,14 @@ def up_codes_kernel(
     expert, first, end = tile_of(tile, routed, HOW, BM)
     if expert < 0:
         return
-    row = first + tl.arange(0, BM)
-    there = row < end
-    flat = flat_of(tl.minimum(row, end - 1), routed, HOW)
+    row, there, flat = rows_in(first, end, routed, HOW, BM)
     mine = (flat // share).to(tl.int64)[:, None]
     a_at = x.at + mine * x.row
     scale_at = a_at  # not read
     if scales is not None:
         scale_at = scales.at + mine * scales.row
     if weights is not None:
-        w_at = (flat // routed.top_k).to(tl.int64) * weights.row + (flat % routed.top_k).to(tl.int64) * weights.col
-        factor = tl.load(weights.at + w_at).to(tl.float32)[:, None]
+        factor = weight_of(weights, flat, routed.top_k)[:, None]
     n = column * BN + tl.arange(0, BN)
     if PAIRED:
         width: tl.constexpr = 2 * BN
@@ -146,9 +143,7 @@ def down_codes_kernel(
     expert, first, end = tile_of(tile, routed, HOW, BM)
     if expert < 0:
         return
-    row = first + tl.arange(0, BM)
-    there = row < end
-    row = tl.minimum(row, end - 1)
+    row, there, flat = rows_in(first, end, routed, HOW, BM)
     mine = row.to(tl.int64)[:, None]
     a_at = hidden.at + mine * hidden.row
     scale_at = a_at  # not read
@@ -162,7 +157,7 @@ def down_codes_kernel(
         a = read(a_at + k[None, :] * hidden.col, (k < K)[None, :], EVEN)
         acc = multiplied(acc, a, scale_at, scales, down, at, start, K, DTYPE, PRECISION, BK, EVEN)
     result = finished(acc, scale_at, scales, down, expert, n % N, at)
-    place = flat_of(row, routed, HOW).to(tl.int64)[:, None]
+    place = flat.to(tl.int64)[:, None]
     inside = there[:, None] & (n < N)[None, :]
     tl.store(out.at + place * out.row + n[None, :] * out.col, result.to(out.at.dtype.element_ty), mask=inside)
 
@@ -186,7 +181,7 @@ def round_kernel(
     source = wide // routed.top_k if APART else wide
     number = tl.load(x.at + source * x.row + k * x.col, mask=k < K, other=0.0).to(tl.float32)
     if weights is not None:
-        number *= tl.load(weights.at + source * weights.row + (wide % routed.top_k) * weights.col).to(tl.float32)
+        number *= weight_of(weights, row, routed.top_k)
     number = number.to(DTYPE).to(tl.float32)
     if given is None:
         scale = scale_of(number, LIMIT)

@@ -23,13 +23,12 @@ ALIGNED = 4  # numbers after which a part begins: the compiler asks whether a po
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """order: int32 [S], flat positions by expert.  ends: int32 [bins], after each expert's last row; bins > E.
-    expert, first: int32 [most], of each tile, -1 for those that are not needed.  rows: of one tile, at most."""
+    expert, first: int32 [most], of each tile, expert -1 for those that are not needed."""
 
     order: Tensor
     ends: Tensor
     expert: Tensor
     first: Tensor
-    rows: int
 
 
 def most_tiles(size: int, experts: int, rows: int) -> int:
@@ -55,7 +54,7 @@ def sort(ids: Tensor, experts: int, rows: int) -> Tiles:
         *(ids, before, total, order, ends, expert, first, size, blocks, count, k, *strides),
         **shape, BLOCK=BLOCK, PART=PART, ROWS=rows, TILES=TILES,
     )  # fmt: skip
-    return Tiles(order, ends, expert, first, rows)
+    return Tiles(order, ends, expert, first)
 
 
 @triton.jit

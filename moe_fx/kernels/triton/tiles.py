@@ -54,7 +54,7 @@ class Layer:
 
 def measured(layer: Layer, rows: int, device: torch.device) -> tuple[Config, Config] | None:
     """(up, down) for ``rows`` routed rows; None where nothing was measured."""
-    known = _layers(_device_name(device), cache.folder("tiles")).get(layer) if device.type == "cuda" else None
+    known = _layers(device).get(layer) if device.type == "cuda" else None
     if not known:
         return None
     return known[min(known, key=lambda at: abs(math.log(at / rows)))]
@@ -108,12 +108,12 @@ def _layer(entry: dict[str, Any]) -> Layer:
     return Layer(*(entry[name] for name in Layer.__slots__))
 
 
-@lru_cache(maxsize=8)
-def _layers(device: str, own: Path) -> dict[Layer, dict[int, tuple[Config, Config]]]:
-    """Of all files of a device: the user's count more than those shipped."""
+@lru_cache(maxsize=64)
+def _layers(device: torch.device) -> dict[Layer, dict[int, tuple[Config, Config]]]:
+    """Of all files of a device: the user's count more than those shipped.  Read once in a process."""
     found: dict[Layer, dict[int, tuple[Config, Config]]] = {}
-    for folder in (SHIPPED, own):
-        path = folder / f"{_file(device)}.json"
+    for folder in (SHIPPED, cache.folder("tiles")):
+        path = folder / f"{_file(_device_name(device))}.json"
         if not path.exists():
             continue
         try:
@@ -129,7 +129,6 @@ def _layers(device: str, own: Path) -> dict[Layer, dict[int, tuple[Config, Confi
     return found
 
 
-@lru_cache(maxsize=64)
 def _device_name(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).name)
 
