@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from moe_fx.kernels.capability import Capability
@@ -30,7 +31,9 @@ class Cost:
     launches(E, T, k): ops launched, arithmetic in its arguments (the oracle calls it with symbols; ``touched`` counts
     the rounds of a loop over experts that have tokens).  efficiency: share of the device's peak that its products
     reach, by rows of one product (pairs of row count and share, ascending).  on_gpu: the same on devices other than
-    CPUs, where it is another ().
+    CPUs, where it is another ().  on_archs: (pattern of an architecture's name, the cost there), where it is run in
+    another way.  passes: what ops beside the products (copies of rows, activation, sum) move on such devices, in
+    multiples of the activations that a fused kernel would: products wait for them.  On CPUs ``efficiency`` holds them.
     dequantise: (bytes moved for each weight, ops launched for each expert) where weights are codes and the kernel makes
     floats of them before a product; zeros where it multiplies codes.
     """
@@ -40,10 +43,17 @@ class Cost:
     efficiency: tuple[tuple[int, float], ...] = field(default=((1, 0.5),))
     dequantise: tuple[float, int] = (0.0, 0)
     on_gpu: tuple[tuple[int, float], ...] = ()
+    on_archs: tuple[tuple[str, Cost], ...] = ()
+    passes: float = 0.0
 
-    def on(self, device: str) -> Cost:
-        """The cost on that kind of device."""
-        return replace(self, efficiency=self.on_gpu) if self.on_gpu and device != "cpu" else self
+    def on(self, device: str, arch: str) -> Cost:
+        """The cost on that kind of device and that architecture."""
+        for pattern, cost in self.on_archs:
+            if fnmatchcase(arch, pattern):
+                return cost
+        if device == "cpu":
+            return replace(self, passes=0.0)
+        return replace(self, efficiency=self.on_gpu or self.efficiency)
 
 
 @dataclass(frozen=True, slots=True)

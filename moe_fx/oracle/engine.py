@@ -63,7 +63,7 @@ def choose(
         raise MoEFxUnsupportedError(_refusal(request, device, spec, reasons))
 
     work = workload(spec, request, device)
-    price = {case.kernel.name: seconds(case.kernel.cost.on(device.kind), work) for case in survivors}
+    price = {case.kernel.name: seconds(case.kernel.cost.on(device.kind, device.arch), work) for case in survivors}
     by_name = {case.kernel.name: case for case in survivors}
     runtime = [case for case in survivors if not case.kernel.capability.compiled]
     pool = [case for case in runtime if case.kernel.name != REFERENCE] or runtime or survivors

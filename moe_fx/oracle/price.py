@@ -10,7 +10,10 @@ Sympy expressions in T and the sizes, compiled once per Cost::
       per_row    3 T k experts             T k              1            copied: read, written, read
     bytes      = weights + activations, each written once and read once
     flops      = 2 rows (H N + I H)        N = 2I gated, I not
-    time       = max(bytes / bandwidth, flops / (peak * efficiency(rows of one product))) + launches * launch_s
+    time       = max(bytes / bandwidth, flops / (peak * efficiency(rows of one product)))
+                 + passes * activations / bandwidth + launches * launch_s
+
+Products and what they read overlap; ops between the products (``Cost.passes``) do not.
 
 Weights that are codes weigh what ``QuantKey.nbytes`` says: codes, scales, zero points.  A kernel that makes floats of
 them before a product pays for it with every expert it reads: ``Cost.dequantise``.  Products are priced at the peak of
@@ -121,7 +124,8 @@ def expression(cost: Cost) -> sympy.Expr:
     flops = 2 * rows * (H * N + INTER * H)
     compute = flops / (PEAK * efficiency(cost.efficiency, rows_each))
     launches = cost.launches(E, T, K) + sympy.Piecewise((ops * experts, CODES > 0), (0, True))
-    return sympy.Max(memory, compute, evaluate=False) + sympy.sympify(launches) * LAUNCH
+    between = cost.passes * activations / BANDWIDTH
+    return sympy.Max(memory, compute, evaluate=False) + between + sympy.sympify(launches) * LAUNCH
 
 
 def efficiency(table: tuple[tuple[int, float], ...], rows: sympy.Expr) -> sympy.Expr:

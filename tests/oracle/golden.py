@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,39 @@ from moe_fx.plan import Plan
 
 from .candidates import KERNELS, MODELS
 
-PATH = Path(__file__).with_name("golden_plans.json")
+Entries = dict[str, dict[str, Any]]  # name of a case → its short form
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A file of accepted entries beside this module, and what makes those of today."""
+
+    file: str
+    produce: Callable[[], Entries]
+
+    @property
+    def path(self) -> Path:
+        return Path(__file__).with_name(self.file)
+
+    def accepted(self) -> Entries:
+        return json.loads(self.path.read_text())
+
+    def accept(self) -> None:
+        self.path.write_text(json.dumps(self.produce(), indent=1) + "\n")
+
+    def main(self) -> None:
+        """Ends the process with 1 where an entry differs from the accepted one."""
+        parser = argparse.ArgumentParser(description=f"Compare with {self.file}.")
+        parser.add_argument("--accept", action="store_true", help="write what is produced today")
+        if parser.parse_args().accept:
+            self.accept()
+            return
+        now, then = self.produce(), self.accepted()
+        changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        print("\n".join(changed) or "no change")
+        raise SystemExit(bool(changed))
+
+
 DEVICES = (
     "h100", "h200", "b200", "mi300x", "a100", "rtx5090", "xeon_amx", "zen5_epyc_2", "zen5_epyc_64", "arm_neon",
     "xe_max1550", "tpu_v5p",
@@ -62,25 +95,11 @@ def short(plan: Plan) -> dict[str, Any]:
     }
 
 
-def produce() -> dict[str, dict[str, Any]]:
+def produce() -> Entries:
     return {" | ".join(pair): short(plan_of(*pair)) for pair in pairs()}
 
 
-def accepted() -> dict[str, dict[str, Any]]:
-    return json.loads(PATH.read_text())
-
-
-def accept() -> None:
-    PATH.write_text(json.dumps(produce(), indent=1) + "\n")
-
+FILE = Golden("golden_plans.json", produce)
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Compare the plans with golden_plans.json.")
-    parser.add_argument("--accept", action="store_true", help="write the plans of today")
-    if parser.parse_args().accept:
-        accept()
-    else:
-        now, then = produce(), accepted()
-        changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-        print("\n".join(changed) or "no change")
-        raise SystemExit(bool(changed))
+    FILE.main()

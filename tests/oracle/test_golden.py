@@ -10,8 +10,8 @@ from . import golden
 @pytest.fixture(scope="module")
 def then(request: pytest.FixtureRequest) -> dict:
     if request.config.getoption("--accept-golden", default=False):
-        golden.accept()
-    return golden.accepted()
+        golden.FILE.accept()
+    return golden.FILE.accepted()
 
 
 def test_at_least_a_hundred_pairs(then: dict) -> None:

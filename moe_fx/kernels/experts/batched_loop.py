@@ -15,7 +15,7 @@ from moe_fx.binding import Experts
 from moe_fx.kernels.capability import NO_ALL2ALL, Open
 from moe_fx.kernels.config.parallel import BATCHED
 from moe_fx.kernels.experts.codes import DEQUANTISE
-from moe_fx.kernels.experts.reference import ALL, EFFICIENCY
+from moe_fx.kernels.experts.reference import ALL, EFFICIENCY, GPU_EFFICIENCY, PASSES
 from moe_fx.kernels.experts.rows import Segment, activate, down_products, rounded, up_products
 from moe_fx.kernels.experts.torch_experts import BatchedExperts
 from moe_fx.kernels.modular_kernel.formats import ExpertTokensMetadata
@@ -37,7 +37,7 @@ CAPABILITY = replace(
 @experts_kernel(
     "batched_loop",
     capability=CAPABILITY,
-    cost=Cost("all", lambda E, T, k: 20 + 4 * E, EFFICIENCY, DEQUANTISE),
+    cost=Cost("all", lambda E, T, k: 20 + 4 * E, EFFICIENCY, DEQUANTISE, GPU_EFFICIENCY, passes=PASSES),
     rank=60,
 )
 class BatchedLoopExperts(BatchedExperts):

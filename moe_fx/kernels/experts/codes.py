@@ -2,8 +2,8 @@
 
 The scales of whole rows, or of a whole matrix, multiply the product instead (``numbers``, ``scales``).
 
-codes → numbers: pairs of them out of a table (two bytes of e4m3, a byte of four bits), which is ten times faster than
-torch's own cast of e4m3; int8 needs none.  numbers - zero: whole numbers, exact.  numbers * scale: in float32, rounded
+codes → numbers: pairs of them out of a table (two bytes of e4m3, a byte of four bits), where torch's own cast of e4m3
+asks one number at a time; int8 needs none.  numbers - zero: whole numbers, exact.  numbers * scale: in float32, rounded
 once.
 """
 
@@ -21,8 +21,8 @@ from moe_fx.quant import ZERO_OF, QuantKey
 from moe_fx.reference.formats import CODEBOOKS, CODED, decode, unpack
 from moe_fx.reference.quantise import dequantise
 
-# Of ``Cost.dequantise``: bytes a weight, ops an expert.  One core of a Zen 4 makes a bfloat16 in 0.2 ns (int8) to 0.9
-# (four bits, e4m3 with blocks), of which a product with int8 or e4m3 by channel saves the scales.
+# Of ``Cost.dequantise``: bytes a weight, ops an expert.  A guess for all schemes together: four bits and e4m3 with
+# blocks are the slowest.
 DEQUANTISE = (18.0, 10)
 BLOCK = 1 << 18  # numbers of a matrix that a CPU makes at a time
 _BITSANDBYTES = {"nf4": "nf4", "fp4_bnb": "fp4"}

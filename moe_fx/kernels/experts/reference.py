@@ -34,9 +34,12 @@ ALL = Capability(
 )
 # One torch.mm per expert, share of peak by rows: bf16, Zen 5, two cores (docs: CPU.md); fp32 through MKL reaches half.
 EFFICIENCY = ((1, 0.04), (2, 0.055), (8, 0.17), (32, 0.43), (128, 0.7), (512, 0.8))
-# The same with cuBLAS, a guess until it is measured here: large dense products reach some two thirds of an H100's peak
-# in bfloat16; published runs of torch._grouped_mm, 242 and 524 of 989 TFLOP/s, are below.
-GPU_EFFICIENCY = ((1, 0.01), (16, 0.08), (128, 0.3), (512, 0.45), (2048, 0.65))
+# The same with cuBLAS, of the products alone: 535 of 989 TFLOP/s at 1024 rows of 6144 x 2048 on an H200, where a
+# grouped product reaches 569 (pytorch issue 163425); other numbers of rows are guesses.
+GPU_EFFICIENCY = ((1, 0.01), (16, 0.08), (128, 0.3), (512, 0.45), (2048, 0.58))
+# What ops around separate products move on a device, in multiples of Cost's activations (4 H + 2 N + 2 I for a row):
+# some 7 H + 1.5 N + 3.5 I, counted in ``torch_grouped``, to copy rows, activate, clear, weigh and add up.
+PASSES = 1.5
 # ``reference.dequantise`` is some ten ops in float32.  Measured on one core of a Zen 5 at 30 GB/s: 20 for int8, 70 to
 # 190 for int4, 230 for e4m3, which torch casts one by one there.
 DEQUANTISE = (100.0, 20)

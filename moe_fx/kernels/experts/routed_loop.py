@@ -18,7 +18,7 @@ from moe_fx.kernels.config import (
     RoutingMethodType,
 )
 from moe_fx.kernels.experts.codes import DEQUANTISE
-from moe_fx.kernels.experts.reference import ALL, EFFICIENCY, GPU_EFFICIENCY
+from moe_fx.kernels.experts.reference import ALL, EFFICIENCY, GPU_EFFICIENCY, PASSES
 from moe_fx.kernels.experts.sorted_loop import SortedLoopExperts
 from moe_fx.kernels.experts.torch_experts import Scratch
 from moe_fx.kernels.modular_kernel.experts import FusedMoEExpertsMonolithic, Up
@@ -40,7 +40,9 @@ CAPABILITY = replace(
 @experts_kernel(
     "routed_loop",
     capability=CAPABILITY,
-    cost=Cost("active", lambda E, T, k: 28 + 4 * touched(E, T, k), EFFICIENCY, DEQUANTISE, GPU_EFFICIENCY),
+    cost=Cost(
+        "active", lambda E, T, k: 28 + 4 * touched(E, T, k), EFFICIENCY, DEQUANTISE, GPU_EFFICIENCY, passes=PASSES
+    ),
     rank=70,
 )
 class RoutedLoopExperts(FusedMoEExpertsMonolithic):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_fx.binding import Experts
 from moe_fx.kernels.experts.codes import DEQUANTISE
-from moe_fx.kernels.experts.reference import ALL, EFFICIENCY, GPU_EFFICIENCY
+from moe_fx.kernels.experts.reference import ALL, EFFICIENCY, GPU_EFFICIENCY, PASSES
 from moe_fx.kernels.experts.rows import (
     CHUNK,
     INDICES,
@@ -41,7 +41,9 @@ from moe_fx.spec import MoESpec
 @experts_kernel(
     "sorted_loop",
     capability=ALL,
-    cost=Cost("active", lambda E, T, k: 18 + 4 * touched(E, T, k), EFFICIENCY, DEQUANTISE, GPU_EFFICIENCY),
+    cost=Cost(
+        "active", lambda E, T, k: 18 + 4 * touched(E, T, k), EFFICIENCY, DEQUANTISE, GPU_EFFICIENCY, passes=PASSES
+    ),
     rank=20,
 )
 class SortedLoopExperts(TorchExperts):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_fx.binding import Experts, Matrices, Vectors
 from moe_fx.kernels.capability import PLAIN
-from moe_fx.kernels.experts.reference import ALL
+from moe_fx.kernels.experts.reference import ALL, GPU_EFFICIENCY, PASSES
 from moe_fx.kernels.experts.rows import (
     INDICES,
     LAUNCH,
@@ -53,6 +53,12 @@ CAPABILITY = replace(
 )
 
 
+# Without a grouped kernel torch waits for the sizes and multiplies expert by expert, those without rows too (pytorch
+# PR 161407; 186620: it stays so).  Three launches an expert: two products and views; published decodes of 60 experts
+# on what must be an A100 take 0.75 ms a layer more than with copied weights (docs-benchmarks/experts-backends).
+LOOPED = Cost("active", lambda E, T, k: 24 + 3 * E, GPU_EFFICIENCY, passes=PASSES)
+
+
 @experts_kernel(
     "torch_grouped",
     capability=CAPABILITY,
@@ -60,8 +66,13 @@ CAPABILITY = replace(
         "active",
         lambda E, T, k: 24,
         ((1, 0.04), (2, 0.055), (8, 0.17), (32, 0.43), (128, 0.66), (512, 0.7)),
-        # published: 242 of 989 TFLOP/s at 2048 rows (Qwen3-30B-A3B, with its permutation), 524 at 512 wide ones
-        on_gpu=((1, 0.02), (16, 0.2), (128, 0.35), (512, 0.5)),
+        # Products alone, of 989 TFLOP/s: 524 at 512 wide rows on an H100 (ao PR 2490), 569 at 1024 on an H200 (pytorch
+        # issue 163425).  128 experts of one row each: a product of 2048 x 7168 takes 4.1 ms on an H200, a thousandth of
+        # the peak (pytorch PR 156203).  Whole layers, with the passes: 242 at 2048 rows of Qwen3-30B-A3B, 181 at 640
+        # narrower ones (VeOmni PR 460).
+        on_gpu=((1, 0.001), (128, 0.13), (512, 0.48), (2048, 0.58)),
+        on_archs=(("sm[78]?", LOOPED), ("sm1[12]?", LOOPED)),
+        passes=PASSES,
     ),
     rank=10,
 )

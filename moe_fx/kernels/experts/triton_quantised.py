@@ -54,6 +54,7 @@ ROUNDED = replace(
     compute_dtypes=SIXTEEN | {""},
     schemes=FP8,
 )
+ROUNDED_COST = replace(TRITON_COST, launches=lambda E, T, k: 8)  # two more: each product's inputs are rounded
 
 
 @experts_kernel("triton_wna16", capability=replace(CODES, schemes=WEIGHTS_ONLY), cost=TRITON_COST, rank=8)
@@ -67,7 +68,7 @@ class TritonCodes(TritonExperts):
         launch_quantised.down_products(job, hidden, experts, out)
 
 
-@experts_kernel("triton_fp8", capability=ROUNDED, cost=TRITON_COST, rank=8)
+@experts_kernel("triton_fp8", capability=ROUNDED, cost=ROUNDED_COST, rank=8)
 class TritonRoundedInputs(TritonCodes):
     """Codes of float8_e4m3fn by such codes."""
 
@@ -80,7 +81,7 @@ class TritonRoundedInputs(TritonCodes):
 @experts_kernel(
     "triton_int8",
     capability=replace(ROUNDED, archs=SM75_UP - {"sm75"}, schemes=INT8),
-    cost=TRITON_COST,
+    cost=ROUNDED_COST,
     rank=8,
 )
 class TritonInt8(TritonRoundedInputs):

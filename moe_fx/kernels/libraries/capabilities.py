@@ -146,8 +146,12 @@ add(
 
 # --- FlashInfer, CUTLASS
 
-# within 4 % of Triton, either way, for Qwen3-30B-A3B in bfloat16 on H100 and H200
-FI_CUTLASS_COST = Cost("active", lambda E, T, k: 4, ((1, 0.03), (16, 0.3), (64, 0.45), (256, 0.54)))
+# Within 4 % of Triton, either way, for Qwen3-30B-A3B in bfloat16 on H100 and H200 (vllm PRs 44220, 54742); behind it
+# for one token: 17 us a layer of Mixtral-8x7B over eight H200 (vllm issue 41306), 14 % of experts like Qwen3's in fp8
+# on an H100 (sglang PR 21872).  Launched are three for the order, the copy of rows, strides, two products, the sum.
+FI_CUTLASS_COST = Cost("active", lambda E, T, k: 8, ((1, 0.03), (16, 0.3), (64, 0.45), (256, 0.54)))
+# DeepSeek-R1 over eight H200: some 30 % slower than Triton (vllm PR 33490); inputs are rounded inside
+FI_CUTLASS_HOPPER_COST = Cost("active", lambda E, T, k: 10, ((1, 0.02), (16, 0.21), (64, 0.32), (256, 0.38)))
 FI_CUTLASS = replace(
     FUSED,
     activations=frozenset({"silu", "gelu_tanh"}) | OAI,
@@ -169,7 +173,7 @@ add(
     "flashinfer_cutlass_hopper",
     "cutlass_fused_moe(use_deepseek_fp8_block_scale)",
     FI_CUTLASS,
-    FI_CUTLASS_COST,
+    FI_CUTLASS_HOPPER_COST,
     "flashinfer_cutlass",
     forms=PACKED,  # scales are clamped
     archs=SM90,
@@ -326,8 +330,11 @@ add(
 # --- DeepGEMM
 
 # 1346 TFLOP/s on an H800, whose peak in bfloat16 is 989, with 4 groups of 8192 rows; masked 932 with 4 groups of 256
-DEEPGEMM_COST = Cost("active", lambda E, T, k: 10, ((1, 0.02), (64, 0.6), (128, 1.0), (512, 1.36)))
-MASKED_COST = Cost("active", lambda E, T, k: 6, ((1, 0.02), (64, 0.6), (256, 0.94)))
+# (its README of April 2025), products alone.  The rows of an expert are padded to 128.
+# Around each product the adapter rounds, finds padded places, moves rows there and back: some 30 ops of PyTorch.
+DEEPGEMM_COST = Cost("active", lambda E, T, k: 80, ((1, 0.008), (64, 0.5), (128, 1.0), (512, 1.36)), passes=2.0)
+# on one rank somebody has to lay tokens out in batches first, and to take them out again
+MASKED_COST = Cost("active", lambda E, T, k: 40, ((1, 0.01), (64, 0.6), (256, 0.94)), passes=2.0)
 DEEPGEMM = replace(
     FUSED,
     activations=frozenset({"silu"}) | OAI | STEP,
@@ -402,7 +409,7 @@ add(
     "marlin",
     "torch.ops._moe_C.moe_wna16_marlin_gemm twice, moe_sum",
     MARLIN,
-    MARLIN_COST,
+    replace(MARLIN_COST, launches=lambda E, T, k: 36),  # blocks of rows, the activation and the sum in PyTorch
     "marlin",
     all2all=LISTS | {"flashinfer_nvlink_one_sided"},
     lora=True,
@@ -428,7 +435,9 @@ CUTLASS = replace(
     size_multiple=16,
     all2all=LISTS - {"deepep_high_throughput"},
 )
-add("vllm_cutlass", "moe_permute, cutlass_moe_mm twice, moe_unpermute", CUTLASS, TRITON_COST, "vllm_cutlass")
+# no faster than Triton (vllm PR 19983, blocks); ours rounds, finds sizes and strides, activates and adds up in PyTorch
+CUTLASS_COST = replace(TRITON_COST, launches=lambda E, T, k: 60, passes=2.0)
+add("vllm_cutlass", "moe_permute, cutlass_moe_mm twice, moe_unpermute", CUTLASS, CUTLASS_COST, "vllm_cutlass")
 add(
     "batched_vllm_cutlass",
     "cutlass_moe_mm twice on batches",
@@ -557,8 +566,9 @@ SCALED = replace(
     packages=needs("torch.scaled_grouped_mm"),
     size_multiple=16,
 )
-# 776 TFLOP/s by rows on an H100, whose peak in bfloat16 is 989: 8192 x 5120 x 8192, 16 experts
-SCALED_COST = Cost("active", lambda E, T, k: 24, ((1, 0.04), (16, 0.4), (64, 0.7), (512, 0.78)))
+# The product alone 776 TFLOP/s by rows on an H100, whose peak in bfloat16 is 989: 8192 x 5120 x 8192, 16 experts (ao
+# PR 2490).  Passes as in ``torch_grouped``, and those that round the inputs; few rows as there, half again as fast.
+SCALED_COST = Cost("active", lambda E, T, k: 40, ((1, 0.0015), (128, 0.2), (512, 0.78)), passes=2.0)
 add(
     "torch_scaled_grouped",
     "torch.nn.functional.scaled_grouped_mm twice, RowWise",
