@@ -215,7 +215,14 @@ def _installed() -> frozenset[str]:
     """Features of this torch, and libraries that are there and usable.  Nothing of them is loaded."""
     features = {f"torch.{name}" for name in ("grouped_mm", "scaled_grouped_mm") if hasattr(torch.nn.functional, name)}
     libraries = {name for name in _LIBRARIES if library_file(name) is not None and _usable(name)}
-    return frozenset(features | libraries | _triton())
+    return frozenset(features | libraries | _triton() | ({"moe_fx.cpp"} if cxx_compiler() else set()))
+
+
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler: MOE_FX_CXX (empty: none), CXX, or what is usual."""
+    told = os.environ.get("MOE_FX_CXX")
+    names = (told,) if told is not None else (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def _triton() -> set[str]:

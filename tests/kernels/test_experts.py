@@ -158,7 +158,7 @@ def test_forward(name: str, index: int, device: str) -> None:
 
 
 # whose backward is tested: one of those that share it, and each that has one of its own
-BACKWARDS = ["triton"] if INTERPRETED else ["sorted_loop", *(["triton"] if "cuda" in HERE else [])]
+BACKWARDS = ["triton"] if INTERPRETED else ["sorted_loop", "cpp", *(["triton"] if "cuda" in HERE else [])]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -169,7 +169,7 @@ def test_backward(name: str, index: int, device: str) -> None:
     if not runs(chosen, device):
         pytest.skip(f"{name} does not run on {device}")
     case = (sample(ANYTHING, COUNT) if name == "sorted_loop" else CASES[name])[index]
-    if name == "triton" and ACTIVATIONS[case.act].name not in SMOOTH:  # their derivatives: test_activations.py
+    if name != "sorted_loop" and ACTIVATIONS[case.act].name not in SMOOTH:  # test_activations.py, test_cpp.py
         case = replace(case, act=("silu", case.act[1]))
     check_backward(case, make(case, index, device), index, chosen=chosen)
 

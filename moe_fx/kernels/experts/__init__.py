@@ -2,6 +2,7 @@
 
 from moe_fx.kernels.experts import (
     batched_loop,
+    cpp_experts,
     gather_bmm,
     gather_gemv,
     reference,
@@ -15,6 +16,7 @@ from moe_fx.kernels.experts.backward import experts_backward
 
 __all__ = [
     "batched_loop",
+    "cpp_experts",
     "experts_backward",
     "gather_bmm",
     "gather_gemv",
