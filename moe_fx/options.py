@@ -21,7 +21,8 @@ _NOT_BUILT = {
 }
 ENVIRONMENT = {
     "MOE_FX_DISABLE": "1 hands every graph to the inner backend untouched",
-    "MOE_FX_CACHE_DIR": "where measured plans are kept; Inductor's cache directory by default",
+    "MOE_FX_CACHE_DIR": "where measured plans and compiled kernels are kept; Inductor's cache directory by default",
+    "MOE_FX_CXX": "the C++ compiler of the CPU kernels; empty does without them; CXX, g++ or clang++ by default",
     "MOE_FX_DUMP": "a directory: the same as dump_dir",
     "MOE_FX_OPTIONS": "a JSON object of options; those given to torch.compile win",
 }

@@ -28,7 +28,10 @@ from moe_fx.spec import MoESpec
 GRID = (1, *sorted(m << p for p in range(15) for m in (2, 3)), 65536)  # powers of two and the midpoints between them
 PRICED_AT = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
-INLINE_PRICE = 0.7  # of what else would run: prices rank to within about a third (measured: cpu_kernels.py)
+INLINE_PRICE = 0.7  # of what else would run: prices rank to within about a third (measured: benchmarks/cpu)
+# What a graph waits for a call of an op, its Python included, beyond what the kernel takes: 1.4 ms instead of 1.0 for a
+# token of Granite-3.0-1B's layer on two cores of a Zen 4.  On a device the host runs ahead.
+CALL_S = {"cpu": 0.4e-3}
 INLINE_MOST = 64  # tokens: a graph for one larger number of tokens is not worth a kernel of its own
 REFERENCE = "reference"  # the kernel of last resort
 Key = Callable[[int], tuple[float, int, str]]  # T → what candidates are sorted by: log price (or place), place, name
@@ -77,7 +80,8 @@ def choose(
         key=lambda name: (_score([keys[c.candidate] for c in pool if c.layout == name]), layouts.index(name)),
     )
     ranges = _ranges({case.kernel.name: keys[case.candidate] for case in pool if case.layout == layout})
-    inline = _inline(survivors, layout, ranges, lambda name: _key(by_name[name], price[name], placed, request))
+    call = 0.0 if request.policy == "priority" else CALL_S.get(device.kind, 0.0)
+    inline = _inline(survivors, layout, ranges, lambda name: _key(by_name[name], price[name], placed, request), call)
 
     chosen = {f"{r.kernel}/{layout}" for r in (*ranges, *([] if inline is None else [inline]))}
     verdicts = tuple(_verdict(case, reasons[case.candidate], price, chosen) for case in cases)
@@ -113,8 +117,11 @@ def _ranges(keys: Mapping[str, Key]) -> tuple[Range, ...]:
     return tuple(Range(start, end, name) for (start, name), end in zip(starts, [*ends, None], strict=True))
 
 
-def _inline(cases: Sequence[Case], layout: str, ranges: tuple[Range, ...], key: Callable[[str], Key]) -> Range | None:
-    """The compiled kernel that wins at T = 1 against what runs otherwise, for as long as it wins."""
+def _inline(
+    cases: Sequence[Case], layout: str, ranges: tuple[Range, ...], key: Callable[[str], Key], call: float
+) -> Range | None:
+    """The compiled kernel that wins at T = 1 against what runs otherwise, for as long as it wins.  call: seconds that
+    it saves by not being called."""
     names = [c.kernel.name for c in cases if c.kernel.capability.compiled and c.layout == layout]
     if not names:
         return None
@@ -124,7 +131,8 @@ def _inline(cases: Sequence[Case], layout: str, ranges: tuple[Range, ...], key: 
     last = 0
     while last < INLINE_MOST:
         ours, theirs = (key(n)(last + 1) for n in (name, next(r.kernel for r in ranges if last + 1 in r)))
-        if ours[0] >= theirs[0] + math.log(INLINE_PRICE):
+        other = math.log(math.exp(theirs[0]) + call) if call else theirs[0]
+        if ours[0] >= other + math.log(INLINE_PRICE):
             break
         last += 1
     return Range(1, last, name) if last else None

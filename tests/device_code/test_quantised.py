@@ -244,7 +244,8 @@ def test_activations(act: tuple[str, bool]) -> None:
 def test_every_activation_of_every_scheme(point: tuple[str, QuantKey, QuantKey | None], act: tuple[str, bool]) -> None:
     name, weights, inputs = point
     dtypes = sorted(kernel(name).capability.dtypes)
-    case = Case(weights, inputs, dtypes[list(ACTIVATIONS).index(act) % len(dtypes)], act, "interleaved", sizes=(48, 40))
+    sizes = (48, 40) if inputs is None else (160, 96)  # of a small block one rounded code that flips is too much
+    case = Case(weights, inputs, dtypes[list(ACTIVATIONS).index(act) % len(dtypes)], act, "interleaved", sizes=sizes)
     check(kernel(name), case, make(case))
 
 

@@ -254,8 +254,6 @@ def test_a_kernel_that_fails_while_compiling_leaves_the_block(monkeypatch: pytes
 
 
 def test_a_backward_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_fx.kernels.experts import torch_experts
-
     model, x = Stack(), tokens(3, 7)
     y = compiled(model)(x)
     all_fused(2)
@@ -263,7 +261,8 @@ def test_a_backward_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(torch_experts, "experts_backward", fail)
+    for name in ("cpp", "sorted_loop", "torch_grouped"):
+        monkeypatch.setattr(KERNELS[name].experts, "differentiate", staticmethod(fail))
     with pytest.raises(MoEFxRuntimeError, match=r"backward failed on 21 tokens of moe/1"):
         y.sum().backward()
 
