@@ -2,8 +2,9 @@
 
     toolchain  which compiler, for which instructions; source → a shared library in our cache, loaded by ctypes
     layer      what a call is given: tensors and a spec → the struct of layer.h
-    source/    simd.h: a vector of the machine; activations.h; products.h: rows times matrices; experts.cpp: a forward
+    source/    simd.h: a vector of the machine; activations.h; products.h: rows times matrices; rows.h: what forward.cpp
+               and backward.cpp share
 
-The library knows nothing of Python or PyTorch: it takes addresses, and is compiled in seconds.  Threads are OpenMP's,
+The library knows nothing of Python or PyTorch: it takes addresses.  Threads are OpenMP's,
 by the runtime that PyTorch has loaded already.
 """

@@ -31,8 +31,8 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-ffp-contract=fas
 
 @lru_cache(maxsize=8)
 def library(arch: str) -> ctypes.CDLL:
-    """The functions of the sources for ``arch``, a key of INSTRUCTIONS; the first call in a cache compiles for seconds
-    and says so on stderr.  MoEFxRuntimeError where there is no compiler, or it fails, with what it said."""
+    """The functions of the sources for ``arch``, a key of INSTRUCTIONS; the first call in a cache compiles for some
+    ten seconds and says so on stderr.  MoEFxRuntimeError where there is no compiler, or it fails, with what it said."""
     found = cxx_compiler()
     if found is None:
         raise MoEFxRuntimeError("no C++ compiler for the CPU kernels: install g++, or name one in MOE_FX_CXX")
@@ -56,7 +56,7 @@ def _digest(command: list[str]) -> str:
 
 def _compile(command: list[str], path: Path) -> None:
     """Writes the library whole or not at all, whatever else writes it at the same time."""
-    print("moe_fx: compiling the CPU kernels for this machine, once, a few seconds …", file=sys.stderr, flush=True)
+    print("moe_fx: compiling the CPU kernels for this machine, once, some ten seconds …", file=sys.stderr, flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
